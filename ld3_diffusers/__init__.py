@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned timestep schedules for Diffusers: `pipe.scheduler = LD3Scheduler.from_pretrained(...)`."""
+
+# Diffusers loads a saved pipeline's scheduler through the module that names it, and asks that module for its base class.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .schedule import Schedule, SolverSpec
+from .schedulers import LD3Scheduler
+
+
+__version__ = "0.1.0.dev0"
+__all__ = ["LD3Scheduler", "Schedule", "SchedulerMixin", "SolverSpec", "__version__"]

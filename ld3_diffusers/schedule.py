@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One learned schedule: times, network times and the solver they were learned for, for one number of evaluations.
+
+A schedule stores its times and its solver, never finished coefficients: transfer to another resolution shift, truncation for
+image-to-image and fallbacks need the solver's formulas at new times. A checksum of the table it built guards against drift.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise_path import NoisePath, float64, shift_flow_time
+from .solvers import ORDERS, VARIANTS, Solver, make_solver
+from .step_table import StepTable, build_table
+
+
+@dataclass(frozen=True)
+class SolverSpec:
+    """A solver by name with its options, as they stand in a scheduler config.
+
+    Attributes:
+        solver: name of the solver, a key of `ld3_diffusers.solvers.SOLVERS`.
+        solver_order, solver_type, predict_x0, lower_order_final: options of solvers that have them; None: the solver's default.
+            `solver_type` is "bh1"/"bh2" for unipc, "midpoint"/"heun" for dpmpp and "logrho"/"rhoab"/"tab" for deis.
+        afs: analytical first step, which costs no evaluation.
+        starting_scale: "variance" or "sigma", see [`build_table`].
+    """
+
+    solver: str = "unipc"
+    solver_order: int | None = None
+    solver_type: str | None = None
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    afs: bool = False
+    starting_scale: str | None = None
+
+    def __post_init__(self):
+        if self.starting_scale not in (None, "variance", "sigma"):
+            raise ValueError(f"unknown starting_scale {self.starting_scale!r}; use 'variance' or 'sigma'")
+
+    def with_defaults_for_foreign_options(self) -> "SolverSpec":
+        """This with the defaults for an order or type that only another solver has, as stock schedulers convert theirs."""
+        order, kind = self.solver_order, self.solver_type
+        if order not in ORDERS.get(self.solver, ()) and any(order in orders for orders in ORDERS.values()):
+            order = None
+        if kind not in VARIANTS.get(self.solver, ()) and any(kind in kinds for kinds in VARIANTS.values()):
+            kind = None
+        return replace(self, solver_order=order, solver_type=kind)
+
+    def make(self) -> Solver:
+        return make_solver(
+            self.solver,
+            order=self.solver_order,
+            variant=self.solver_type,
+            predict_x0=self.predict_x0,
+            lower_order_final=self.lower_order_final,
+        )
+
+
+SOLVER_KEYS = tuple(SolverSpec.__dataclass_fields__)
+SCHEDULE_KEYS = (*SOLVER_KEYS, "noise_path", "prediction_type", "times", "network_times", "final", "checksum", "provenance")
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A discretization, network times and a solver.
+
+    Attributes:
+        times: (levels,) float64, from noise to data in the time of the noise path; rectified flow: s before any shift.
+        network_times: (levels - 1,) what time each evaluation is told; defaults to `times[:-1]`.
+        spec: the solver.
+        noise_path: kind of the path, e.g. "vp_discrete" or "flow".
+        prediction_type: of the network that it was learned for.
+        final: the times are final: no resolution shift is applied to them, and they do not transfer.
+        checksum: of the table that it was saved with, see [`check_checksum`].
+        provenance: plain JSON facts of its making: teacher, guidance scale, resolution, versions.
+    """
+
+    times: Tensor
+    network_times: Tensor | None = None
+    spec: SolverSpec = field(default_factory=SolverSpec)
+    noise_path: str = "vp_discrete"
+    prediction_type: str = "epsilon"
+    final: bool = False
+    checksum: float | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "times", float64(self.times))
+        network_times = self.times[:-1] if self.network_times is None else float64(self.network_times)
+        object.__setattr__(self, "network_times", network_times)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations, guidance's doubling apart."""
+        return len(self.times) - 1 - int(self.spec.afs)
+
+    def table(self, path: NoisePath, *, mu: float = 0.0, first: int = 0) -> StepTable:
+        """The step table of rows `first` and later; `mu` shifts the times of rectified flow.
+
+        Raises:
+            ValueError: if the path is of another kind, or as [`build_table`].
+        """
+        if path.kind != self.noise_path:
+            raise ValueError(
+                f"this schedule was learned on a {self.noise_path!r} noise path and cannot run on a {path.kind!r} one; "
+                "use a schedule made for this model family"
+            )
+        times, network_times = self.times, self.network_times
+        if self.spec.afs and first:
+            first += 1  # the first evaluation of a tail is that of the level after
+        times, network_times = times[first:], network_times[first:]
+        if mu and path.kind == "flow":
+            times, network_times = shift_flow_time(times, mu), shift_flow_time(network_times, mu)
+        return build_table(
+            self.spec.make(),
+            path,
+            times,
+            network_times,
+            prediction_type=self.prediction_type,
+            analytical_first_step=self.spec.afs and not first,
+            starting_scale=self.spec.starting_scale,
+            first=first,
+        )
+
+    def detach(self) -> "Schedule":
+        return replace(self, times=self.times.detach().clone(), network_times=self.network_times.detach().clone())
+
+    def to_dict(self, path: NoisePath) -> dict[str, Any]:
+        """Plain JSON: Python floats, which keep every bit."""
+        table = self.table(path)
+        return {
+            **{key: getattr(self.spec, key) for key in SOLVER_KEYS},
+            "noise_path": self.noise_path,
+            "prediction_type": self.prediction_type,
+            "times": self.times.tolist(),
+            "network_times": self.network_times.tolist(),
+            "final": self.final,
+            "checksum": table_checksum(table),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> "Schedule":
+        """Inverse of [`to_dict`].
+
+        Raises:
+            ValueError: for unknown, missing or malformed entries, saying which.
+        """
+        if not isinstance(entry, dict):
+            raise ValueError(f"a schedule must be a mapping with 'times', got {type(entry).__name__}; see Schedule.to_dict")
+        unknown = sorted(set(entry) - set(SCHEDULE_KEYS))
+        if unknown:
+            raise ValueError(f"unknown schedule entries {unknown}; remove them or update ld3-diffusers")
+        if entry.get("times") is None:
+            raise ValueError("a schedule needs 'times', the N + 1 levels from noise to data")
+        for key in ("times", "network_times"):
+            values = entry.get(key)
+            if values is not None and not (isinstance(values, (list, tuple)) and all(map(_is_number, values))):
+                raise ValueError(f"'{key}' of a schedule must be a list of finite numbers; check the config it came from")
+        spec = SolverSpec(**{key: entry[key] for key in SOLVER_KEYS if key in entry})
+        spec.make()
+        rest = {key: entry[key] for key in ("noise_path", "prediction_type", "final", "checksum") if key in entry}
+        return cls(entry["times"], entry.get("network_times"), spec, provenance=entry.get("provenance") or {}, **rest)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def table_checksum(table: StepTable) -> float:
+    """One number that moves if any entry of the table does, by a weight unlike that of its neighbours."""
+    total = torch.zeros((), dtype=torch.float64)
+    for k, part in enumerate((table.state, table.history, table.p, table.q, table.timesteps)):
+        flat = part.detach().flatten()
+        total = total + (flat * torch.cos(torch.arange(len(flat), dtype=torch.float64) + k)).sum()
+    return float(total)
+
+
+def check_checksum(table: StepTable, expected: float | None) -> None:
+    """Raises a `ValueError` if this table is not the one that the schedule was saved with."""
+    if expected is None:
+        return
+    actual = table_checksum(table)
+    if not abs(actual - expected) <= 1e-8 * (1 + abs(expected)):
+        raise ValueError(
+            f"this schedule builds another step table than the one it was saved with (checksum {actual:.12g}, saved "
+            f"{expected:.12g}); its config was edited, or it needs the version of ld3-diffusers named in its provenance"
+        )
+
+
+def interpolate(schedules: dict[int, Schedule], nfe: int, path: NoisePath) -> Schedule:
+    """A schedule for `nfe` evaluations from the learned one with the nearest count (of two, the larger).
+
+    Levels and network times are interpolated linearly in i/N, in lambda (rectified flow: in s); a final level of clean data
+    stays. Few-step schedules are not samples of one curve, so expect less than from a learned one.
+
+    Raises:
+        ValueError: if the nearest schedule's solver has stages that cannot be interpolated.
+    """
+    nearest = max(schedules, key=lambda count: (-abs(count - nfe), count))
+    known = schedules[nearest]
+    if known.spec.make().stages > 1 or known.spec.afs:
+        raise ValueError(
+            f"the schedule learned for {nearest} evaluations uses {known.spec.solver}, whose stages cannot be interpolated; "
+            f"use num_inference_steps = {' or '.join(map(str, sorted(schedules)))}"
+        )
+    forward, back = (lambda t: t, lambda t: t) if path.kind == "flow" else (path.lam, path.inverse_lam)
+    to_zero = bool(known.times[-1] == 0)
+    levels = known.times[:-1] if to_zero else known.times
+    times = back(_resample(forward(levels), nfe + (not to_zero)))
+    network_times = back(_resample(forward(known.network_times), nfe)).clamp(path.t_min, path.t_max)
+    times = torch.cat([times, torch.zeros(1, dtype=times.dtype)]) if to_zero else times
+    return replace(known, times=times, network_times=network_times, checksum=None)
+
+
+def _resample(values: Tensor, count: int) -> Tensor:
+    position = torch.linspace(0, len(values) - 1, count, dtype=torch.float64)
+    left = position.floor().long().clamp(max=max(len(values) - 2, 0))
+    right = (left + 1).clamp(max=len(values) - 1)
+    return torch.lerp(values[left], values[right], position - left)

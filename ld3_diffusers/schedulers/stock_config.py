@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the config of a stock Diffusers scheduler.
+
+Diffusers drops, when one scheduler is made from another's config, every value that was a default of the first class. For
+preferences (spacing, order) that is its rule and ours. For facts about the model it is wrong: a default `HeunDiscreteScheduler`
+has other betas than a default `DDIMScheduler`, and all of `FlowMatchEulerDiscreteScheduler().config` counts as defaults. So
+facts are read raw, and they decide the noise path.
+"""
+
+from typing import Any
+
+from diffusers.utils import logging
+
+from ..noise_path import VE, NoisePath, RectifiedFlow, VPCosine, VPDiscrete, VPLinear, alphas_cumprod_from_config
+from ..solvers import ORDERS, SOLVERS, VARIANTS
+
+
+logger = logging.get_logger(__name__)
+
+NOISE_PATHS = ("vp_discrete", "vp_linear", "vp_cosine", "ve", "edm", "flow")
+BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+FLOW_KEYS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+SIGMA_KEYS = ("sigma_min", "sigma_max", "sigma_data")
+# Options that only choose a stock grid; a learned schedule replaces them all.
+GRID_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+GRID_KEYS = (*GRID_FLAGS, "timestep_spacing", "steps_offset", "final_sigmas_type", "discretization", "rho")
+SOLVER_CHOICES = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final", "afs", "starting_scale")
+
+
+def stock_overrides(config: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments that, before `explicit` ones, make an `LD3Scheduler` of a raw config of any scheduler.
+
+    Raises:
+        ValueError: for stock options that no deterministic ODE schedule can follow.
+    """
+    for key, why in (
+        ("invert_sigmas", "its model runs time backwards"),
+        ("stochastic_sampling", "it adds noise at every step"),
+    ):
+        if config.get(key):
+            raise ValueError(f"a scheduler config with {key}=True cannot be converted: {why}; use the stock scheduler")
+    overrides = {}
+    if "noise_path" not in config:
+        overrides |= _noise_path_facts(config)
+    overrides |= _solver_preferences(config, explicit)
+    if explicit.get("schedules", config.get("schedules")):
+        asked = [key for key in GRID_KEYS if key in explicit and key != "discretization"]
+        if asked:
+            raise ValueError(
+                f"{', '.join(asked)} would choose a stock grid, but a learned schedule brings its own times; "
+                "drop the option, or pass schedules=None to sample without the learned schedule"
+            )
+        dropped = [key for key in GRID_FLAGS if config.get(key)]
+        if dropped:
+            logger.warning(f"a learned schedule brings its own times; ignoring {', '.join(dropped)} of the stock config")
+        overrides |= dict.fromkeys(dropped, False)
+        _refuse_other_solver(explicit, explicit.get("schedules", config.get("schedules")))
+    return {key: value for key, value in overrides.items() if key not in explicit}
+
+
+def _noise_path_facts(config):
+    facts = {"num_train_timesteps": config["num_train_timesteps"]} if "num_train_timesteps" in config else {}
+    has_betas = "beta_start" in config or config.get("trained_betas") is not None
+    if (
+        config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+        or (not has_betas and ("shift" in config or "base_image_seq_len" in config))
+    ):
+        facts |= {key: config[key] for key in (*FLOW_KEYS, "shift_terminal", "time_shift_type") if key in config}
+        if "flow_shift" in config:
+            facts |= {"shift": config["flow_shift"], "flow_grid": "unipc"}
+        return facts | {
+            "noise_path": "flow",
+            "prediction_type": config.get("prediction_type", "flow_prediction"),
+        }
+    if "prediction_type" in config:
+        facts["prediction_type"] = config["prediction_type"]
+    if "sigma_data" in config or config.get("timestep_type") == "continuous":
+        facts |= {key: config[key] for key in SIGMA_KEYS if config.get(key) is not None}
+        return facts | {"noise_path": "edm" if "sigma_data" in config else "ve"}
+    return facts | {key: config[key] for key in BETA_KEYS if key in config}
+
+
+def _solver_preferences(config, explicit):
+    """Options inherited from a stock solver that mean nothing to ours go back to our defaults."""
+    solver = explicit.get("solver", config.get("solver", "unipc"))
+    if solver not in SOLVERS:
+        return {}
+    overrides = {}
+    used_defaults = config.get("_use_default_values", ())
+    if "solver_order" in config and config["solver_order"] not in ORDERS[solver]:
+        overrides["solver_order"] = 2
+    if config.get("solver_type") not in VARIANTS.get(solver, ()):
+        overrides["solver_type"] = None
+    if solver not in ("ddim", "dpmpp", "unipc"):
+        ignored = [key for key in ("clip_sample", "thresholding") if config.get(key) and key not in used_defaults]
+        if ignored:
+            logger.warning(f"{solver} does not extrapolate the data prediction; ignoring {', '.join(ignored)}")
+        overrides |= dict.fromkeys(ignored, False)
+    return overrides
+
+
+def _refuse_other_solver(explicit, schedules):
+    if not isinstance(schedules, dict):
+        return
+    for key in SOLVER_CHOICES:
+        for nfe, entry in schedules.items():
+            if key in explicit and isinstance(entry, dict) and key in entry and entry[key] != explicit[key]:
+                raise ValueError(
+                    f"{key}={explicit[key]!r} contradicts the schedule learned for {nfe} evaluations, which was learned with "
+                    f"{key}={entry[key]!r}; drop the option, or pass schedules=None to sample without the learned schedule"
+                )
+
+
+def make_noise_path(config) -> NoisePath:
+    """The noise path that an `LD3Scheduler` config describes.
+
+    Raises:
+        ValueError: for an unknown `noise_path` or impossible betas or sigmas.
+    """
+    kind = config["noise_path"]
+    if kind == "vp_discrete":
+        return VPDiscrete(0.5 * alphas_cumprod_from_config(config).double().log())
+    if kind == "vp_linear":
+        return VPLinear()
+    if kind == "vp_cosine":
+        return VPCosine()
+    if kind == "flow":
+        return RectifiedFlow(num_train_timesteps=config["num_train_timesteps"])
+    if kind in ("ve", "edm"):
+        given = {key: config[key] for key in SIGMA_KEYS if config[key] is not None}
+        if kind == "edm":
+            given.setdefault("sigma_data", 0.5)
+        if given.get("sigma_min", 0.002) >= given.get("sigma_max", 80.0):
+            raise ValueError("sigma_min must be below sigma_max; swap them")
+        return VE(preconditioned=kind == "edm", **given)
+    raise ValueError(f"unknown noise_path {kind!r}; use one of {', '.join(NOISE_PATHS)}")

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The step table: what every sampler here is, and the one executor that runs it.
+
+At fixed times an ODE sampler is linear in its state and the network's outputs. With N network evaluations it is
+
+$$ m_i = p_i x_i + q_i\,\mathrm{net}(x_i, \tau_i), \qquad x_{i+1} = a_i x_i + \sum_{j\ge0} c_{ij}\, m_{i-j}, \qquad i = 0..N-1. $$
+
+$m_i$ is the network's output rewritten in the form that the solver extrapolates: data prediction, noise prediction or, on
+rectified flow, velocity. Following LD3 (Tong et al., arXiv:2405.15506) alpha and sigma in p and q are those of the
+network's time $\tau_i$, while a and c know the levels' times only.
+"""
+
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .noise_path import Levels, NoisePath, float64
+from .solvers import Solver
+
+
+SUM_RULE_OF_LEARNED = 0.5  # how far a learned table may stray from the sum rules before it is refused
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """N rows, float64.
+
+    Attributes:
+        form: "data", "noise" or "velocity", what m is.
+        times: (N+1,) levels in the path's own time.
+        network_times: (N,) the same for the network.
+        timesteps: (N,) what the network is given.
+        state: (N,) a.
+        history: (N, W) c, of the newest prediction first.
+        p, q: (N,) conversion of the network's output.
+        start: factor of the unit-variance starting noise at `times[0]`.
+        first_prediction: with an analytical first step, $m_{-1}$ as a multiple of the starting state; else None.
+    """
+
+    form: str
+    times: Tensor
+    network_times: Tensor
+    timesteps: Tensor
+    state: Tensor
+    history: Tensor
+    p: Tensor
+    q: Tensor
+    start: Tensor
+    first_prediction: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    @property
+    def differentiable(self) -> bool:
+        return any(t.requires_grad for t in (self.state, self.history, self.p, self.q, self.timesteps))
+
+
+def conversion(path: NoisePath, form: str, prediction_type: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    r"""(p, q) with m = p x + q net(x, t): from $\hat x_0 = p_0 x + q_0\,\mathrm{net}$ by
+    $\hat\epsilon = (x-\alpha\hat x_0)/\sigma$ and $\hat u = (x-\hat x_0)/s$."""
+    p, q = path.data_prediction(prediction_type, t)
+    zero, one = torch.zeros_like(p), torch.ones_like(q)
+    if form == "data":
+        return p, q
+    if form == "noise":
+        if prediction_type == "epsilon" and not getattr(path, "preconditioned", False):
+            return zero, one
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return (1 - alpha * p) / sigma, -alpha * q / sigma
+    if prediction_type == "flow_prediction":
+        return zero, one
+    return (1 - p) / t, -q / t
+
+
+def check_times(times: Tensor, network_times: Tensor, path: NoisePath) -> None:
+    """Raises a `ValueError` that names the entry unless levels never rise, steps fall and everything is on the path."""
+    n = len(times) - 1
+    if n < 1 or times.ndim < 1 or len(network_times) != n:
+        raise ValueError(
+            f"a schedule of N evaluations needs N + 1 times and N network times, got {len(times)} and {len(network_times)}"
+        )
+    for name, values in (("times", times), ("network_times", network_times)):
+        flat = values.detach().reshape(len(values), -1)
+        for i, value in enumerate(flat):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name}[{i}] is not finite; give finite times in [0, {path.t_max:g}]")
+            if bool((value < 0).any()) or bool((value > path.t_max * (1 + 1e-9)).any()):
+                raise ValueError(f"{name}[{i}] = {value[0]:.6g} is outside the path; give times in [0, {path.t_max:g}]")
+            if i and bool((value > flat[i - 1]).any()):
+                raise ValueError(
+                    f"{name}[{i}] = {value[0]:.6g} is above {name}[{i - 1}] = {flat[i - 1][0]:.6g}; "
+                    "give times that decrease, from noise to data"
+                )
+    if bool((times[:-1] == 0).any()) or bool((network_times == 0).any()):
+        raise ValueError("only the last of the times may be 0, and no network time; drop what comes after the first 0")
+
+
+def build_table(
+    solver: Solver,
+    path: NoisePath,
+    times,
+    network_times=None,
+    *,
+    prediction_type: str,
+    analytical_first_step: bool = False,
+    starting_scale: str | None = None,
+    first: int = 0,
+) -> StepTable:
+    r"""Fill in a step table.
+
+    Args:
+        solver: builder of the rows.
+        times: (N+1,) levels, non-increasing; may require grad.
+        network_times: (N,); defaults to the levels'.
+        analytical_first_step: replace the first network output by $\hat\epsilon = x/\sqrt{\alpha^2+\sigma^2}$
+            (Dockhorn et al., arXiv:2210.05475), which makes N - 1 rows out of N + 1 times.
+        starting_scale: "variance" starts where $\alpha^2+\sigma^2$ is the variance, "sigma" at sigma times the noise; default:
+            "sigma" on variance-exploding paths, else "variance".
+        first: index of the first row in the schedule that these times are the tail of.
+
+    Raises:
+        ValueError: for times that are not a schedule, or a solver or option that this path cannot have.
+    """
+    times = float64(times)
+    network_times = times[:-1] if network_times is None else float64(network_times)
+    check_times(times, network_times, path)
+    form = solver.form(path)
+    levels = path.levels(times)
+    rows = solver.rows(levels, first)
+    p, q = conversion(path, form, prediction_type, network_times)
+
+    width = max(len(row.history) for row in rows)
+    zero = torch.zeros_like(rows[0].state)
+    state = torch.stack([row.state for row in rows])
+    history = torch.stack([torch.stack([*row.history, *[zero] * (width - len(row.history))]) for row in rows])
+    table = StepTable(
+        form=form,
+        times=times,
+        network_times=network_times,
+        timesteps=path.timestep(network_times),
+        state=state,
+        history=history,
+        p=p,
+        q=q,
+        start=_starting_scale(levels, path, starting_scale),
+    )
+    if analytical_first_step:
+        table = _fold_first_step(table, levels, path)
+    _check_entries(table)
+    return table
+
+
+def _starting_scale(levels: Levels, path: NoisePath, starting_scale: str | None) -> Tensor:
+    starting_scale = starting_scale or ("sigma" if path.kind == "ve" else "variance")
+    if starting_scale == "sigma":
+        return levels.sigma[0]
+    if path.kind == "flow":
+        return torch.ones_like(levels.sigma[0])
+    return (levels.alpha[0] ** 2 + levels.sigma[0] ** 2).sqrt()
+
+
+def _fold_first_step(table: StepTable, levels: Levels, path: NoisePath) -> StepTable:
+    if path.kind == "flow":
+        raise ValueError("an analytical first step needs a path with noise at its start only; set afs=False for flow models")
+    if len(table) < 2:
+        raise ValueError("an analytical first step leaves no evaluation here; use at least two steps or set afs=False")
+    alpha, sigma = levels.alpha[0], levels.sigma[0]
+    noise = 1 / (alpha**2 + sigma**2).sqrt()
+    multiple = noise if table.form == "noise" else (1 - sigma * noise) / alpha
+    growth = table.state[0] + table.history[0, 0] * multiple
+    return StepTable(
+        form=table.form,
+        times=table.times[1:],
+        network_times=table.network_times[1:],
+        timesteps=table.timesteps[1:],
+        state=table.state[1:],
+        history=table.history[1:],
+        p=table.p[1:],
+        q=table.q[1:],
+        start=table.start * growth,
+        first_prediction=multiple / growth,
+    )
+
+
+def _check_entries(table: StepTable) -> None:
+    for name in ("state", "history", "p", "q", "start"):
+        bad = ~torch.isfinite(getattr(table, name).detach())
+        if bool(bad.any()):
+            raise ValueError(
+                f"the step table's {name}{bad.nonzero()[0].tolist()} is not finite; move the times apart or lower the order"
+            )
+
+
+def sum_rule_error(table: StepTable, path: NoisePath) -> float:
+    r"""How far rows are from carrying a constant prediction exactly.
+
+    A constant data prediction D and noise e make $x = \alpha D + \sigma e$ at every level. The largest violation of, in data
+    form, $a_i\alpha_i + \sum_j c_{ij} = \alpha_{i+1},\ a_i\sigma_i = \sigma_{i+1}$; in noise form with alpha and sigma
+    exchanged; in velocity form $a_i = 1,\ \sum_j c_{ij} = s_{i+1} - s_i$.
+    """
+    levels = path.levels(table.times.detach())
+    alpha, sigma = levels.alpha, levels.sigma
+    total = table.history.detach().sum(1)
+    if table.first_prediction is not None:
+        raise ValueError("the sum rules hold for the table before its first step was folded in; build it with afs=False")
+    if table.form == "velocity":
+        errors = torch.stack([table.state.detach() - 1, total - levels.z.diff()])
+    else:
+        kept, moved = (sigma, alpha) if table.form == "data" else (alpha, sigma)
+        a = table.state.detach()
+        errors = torch.stack([a * kept[:-1] - kept[1:], a * moved[:-1] + total - moved[1:]])
+    return float(errors.abs().max())
+
+
+class Executor:
+    """Runs a step table, one network output at a time.
+
+    Two paths, same numbers: with gradients in the table, the state or the output, plain torch; else numbers precomputed on
+    the host, predictions in a ring buffer and one fused multiply-add a step, without host-device synchronisation. Arithmetic is
+    in float32, or in float64 for float64 states, whatever the output's dtype.
+    """
+
+    def __init__(self, table: StepTable, threshold=None):
+        self.table = table
+        self.threshold = threshold  # of the data prediction; not linear, so not in the table
+        self.done = 0
+        self.predictions: list[Tensor] = []  # newest first, on the differentiable path
+        self.ring: Tensor | None = None
+        self.differentiable = table.differentiable
+        if self.differentiable:
+            return
+        n, width = table.history.shape
+        self.width = width
+        self.state = table.state.tolist()
+        # The ring holds m / q = net + (p / q) x, one multiply-add; q goes into the weights.
+        self.ratio = (table.p / table.q).tolist()
+        age = torch.arange(n)[:, None] - torch.arange(width)[None]  # row i finds m_{i-j} in slot (i - j) mod width
+        scale = torch.where(age < 0, torch.ones((), dtype=torch.float64), table.q[age.clamp(min=0)])
+        self.weights = torch.zeros_like(table.history).scatter_(1, age % width, table.history * scale)
+
+    def step(self, x: Tensor, output: Tensor, p_q=None, hold: Tensor | None = None) -> Tensor:
+        """The next state.
+
+        Args:
+            x: state that the network saw.
+            output: what it returned.
+            p_q: conversion to use in place of the table's (per-token times).
+            hold: mask of entries that keep their state.
+        """
+        i = self.done
+        if i >= len(self.table):
+            raise ValueError(
+                f"all {len(self.table)} steps of this schedule are taken; call set_timesteps before sampling again"
+            )
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if x.dtype != dtype or output.dtype != dtype:
+            x, output = x.to(dtype), output.to(dtype)
+        tracked = self.differentiable or (torch.is_grad_enabled() and (x.requires_grad or output.requires_grad))
+        if tracked or self.predictions or p_q is not None or (self.threshold is not None):
+            result = self._step_plain(i, x, output, p_q)
+        else:
+            result = self._step_fused(i, x, output)
+        self.done += 1
+        return result if hold is None else torch.where(hold, x, result)
+
+    def _step_plain(self, i, x, output, p_q):
+        table = self.table
+        if i == 0 and table.first_prediction is not None:
+            self.predictions.append(table.first_prediction * x)
+        p, q = (table.p[i], table.q[i]) if p_q is None else p_q
+        prediction = _broadcast(p, x) * x + _broadcast(q, x) * output
+        if self.threshold is not None:
+            prediction = self.threshold(prediction)
+        self.predictions = [prediction, *self.predictions[: table.history.shape[1] - 1]]
+        result = _broadcast(table.state[i], x) * x
+        for j, m in enumerate(self.predictions):
+            weight = table.history[i, j]
+            if weight.requires_grad or bool((weight != 0).any()):
+                result = result + _broadcast(weight, x) * m
+        return result.to(x.dtype)
+
+    def _step_fused(self, i, x, output):
+        flat = x.reshape(-1)
+        if self.ring is None:
+            self._allocate(flat)
+        slot = self.slots[i % self.width]
+        ratio = self.ratio[i]
+        if ratio == 0.0:
+            slot.copy_(output.reshape(-1))
+        else:
+            torch.add(output.reshape(-1), flat, alpha=ratio, out=slot)
+        if self.width == 1:
+            result = flat * self.state[i]
+            result.add_(slot, alpha=self.single[i])
+        else:
+            result = torch.addmv(flat, self.ring_t, self.rows[i], beta=self.state[i])
+        return result.view(x.shape)
+
+    def _allocate(self, flat):
+        self.ring = torch.zeros(self.width, flat.numel(), dtype=flat.dtype, device=flat.device)
+        self.ring_t = self.ring.t()
+        self.slots = list(self.ring)
+        weights = self.weights.to(device=flat.device, dtype=flat.dtype)
+        self.rows = list(weights)
+        self.single = self.weights[:, 0].tolist()
+        if self.table.first_prediction is not None:
+            torch.mul(flat, float(self.table.first_prediction), out=self.slots[-1])
+
+
+def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A scalar, or a per-sample vector shaped to multiply x."""
+    if coefficient.ndim in (0, x.ndim):
+        return coefficient if coefficient.ndim == 0 else coefficient.to(x.dtype)
+    return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
