@@ -4,9 +4,20 @@
 # Diffusers loads a saved pipeline's scheduler through the module that names it, and asks that module for its base class.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .importing import import_pt, import_sigmas, import_times, scheduler_for
 from .schedule import Schedule, SolverSpec
 from .schedulers import LD3Scheduler
 
 
 __version__ = "0.1.0.dev0"
-__all__ = ["LD3Scheduler", "Schedule", "SchedulerMixin", "SolverSpec", "__version__"]
+__all__ = [
+    "LD3Scheduler",
+    "Schedule",
+    "SchedulerMixin",
+    "SolverSpec",
+    "__version__",
+    "import_pt",
+    "import_sigmas",
+    "import_times",
+    "scheduler_for",
+]

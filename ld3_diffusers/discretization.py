@@ -15,7 +15,7 @@ All grids are float64, in the path's own time (see `noise_path`), from the noisi
 | `poly` | $t = t_{min} + (t_{max} - t_{min})(1 - f)^\rho$, rho required | LD3 |
 | `edm` | $t = P_\rho(t_{max}, t_{min}; f)$, rho = 7, whatever t means | LD3 |
 | `discrete` | the same, rho = 1 | diff-sampler (for rho other than 1 its start lacks the power 1/rho) |
-| `time_uniform_vp` | $P_\rho(1, 10^{-3}; f)$ in the time of the VP-linear path through both ends | diff-sampler's `time_uniform` |
+| `time_uniform_vp` | $P_\rho(1, 10^{-3}; f)$ in the time of a VP-linear path through both ends | diff-sampler |
 | `flow_linear` | uniform before the resolution shift by `mu` or `shift` | Esser et al., arXiv:2403.03206 |
 | `dmn` | minimises a bound on the solver's error | Xue et al., arXiv:2402.17376; see `dmn` |
 
@@ -29,14 +29,7 @@ import torch
 from torch import Tensor
 
 from .dmn import dmn
-from .noise_path import (
-    NoisePath,
-    VPDiscrete,
-    _interpolate,
-    alphas_cumprod_from_config,
-    float64,
-    shift_flow_time,
-)
+from .noise_path import NoisePath, VPDiscrete, _interpolate, alphas_cumprod_from_config, float64, shift_flow_time
 
 
 def _ramp(num: int) -> Tensor:
@@ -82,16 +75,16 @@ def _discrete(path, num_steps, t_max, t_min, *, rho=1.0):
 
 
 def _time_uniform_vp(path, num_steps, t_max, t_min, *, rho=1.0):
-    # The VP-linear path with log alpha(u) = -beta_d u^2 / 4 - beta_min u / 2 has ln(1 + sigma^2) = -2 log alpha, which two
-    # ends fix: (t_max, u = 1) and (t_min, u = e).
+    # The VP-linear path with ln(1 + sigma^2) = beta_d u^2 / 2 + beta_min u has two ends to fix it: (t_max, u = 1) and
+    # (t_min, u = e).
     e = 1e-3
     at_one, at_e = torch.log1p(path.sigma_edm(t_max) ** 2), torch.log1p(path.sigma_edm(t_min) ** 2)
     beta_d = 2 * (at_e / e - at_one) / (e - 1)
     beta_min = at_one - beta_d / 2
-    if min(beta_min, beta_min + beta_d) <= 0:
+    if min(beta_min + beta_d * e, beta_min + beta_d) <= 0:
         raise ValueError(
-            "discretization 'time_uniform_vp' needs a sigma/alpha near 0 at t_min, where VP-linear paths end; give a smaller "
-            "`t_min`, or use 'time_uniform'"
+            "discretization 'time_uniform_vp' needs a sigma/alpha near 0 at t_min, where VP-linear paths end; give a "
+            "smaller `t_min`, or use 'time_uniform'"
         )
     u = _power(float64(1.0), float64(e), num_steps + 1, rho)
     return path.inverse_sigma_edm(torch.expm1(beta_d * u**2 / 2 + beta_min * u).sqrt())
@@ -147,8 +140,8 @@ def discretization(
         name: A key of `DISCRETIZATIONS`.
         path: The noise path whose time the grid is in.
         num_steps: N, the number of steps between the N + 1 times.
-        t_max, t_min: The exact ends, by default the path's. `t_min=0` (clean data) is an end like any other, except for
-            'logsnr', 'time_uniform_vp' and 'dmn', which need t_min > 0: end them above and use [`append_zero`].
+        t_max, t_min: The exact ends, by default the path's. `t_min=0` (clean data) is an end like any other, except
+            for 'logsnr', 'time_uniform_vp' and 'dmn', which need t_min > 0: use [`append_zero`].
         rho: The exponent, for grids that have one.
         options: `mu` or `shift` for 'flow_linear'; `latent` for 'dmn'.
 
@@ -157,7 +150,9 @@ def discretization(
             that start where these are infinite (rectified flow at s = 1).
     """
     if name not in DISCRETIZATIONS:
-        raise ValueError(f"unknown discretization {name!r}; use one of {', '.join(DISCRETIZATIONS)}, or give the times")
+        raise ValueError(
+            f"unknown discretization {name!r}; use one of {', '.join(DISCRETIZATIONS)}, or explicit times"
+        )
     _positive_integer(num_steps, "num_steps")
     if rho is not None:
         if not 0 < rho < math.inf:
@@ -178,21 +173,21 @@ def discretization(
         )
     if name in _NEEDS_FINITE_START and not bool(path.sigma_edm(first).isfinite()):
         raise ValueError(
-            f"discretization {name!r} cannot start at t_max={float(first)}, where sigma/alpha is infinite; give a smaller "
-            "`t_max` such as 0.999, or use 'flow_linear' or 'time_uniform'"
+            f"discretization {name!r} cannot start at t_max={float(first)}, where sigma/alpha is infinite; give a "
+            "smaller `t_max` such as 0.999, or use 'flow_linear' or 'time_uniform'"
         )
     if name in _NEEDS_POSITIVE_END and last == 0:
         raise ValueError(
-            f"discretization {name!r} cannot end at t_min=0, where lambda is infinite; give a positive `t_min` such as "
-            f"{path.t_min} and append the zero"
+            f"discretization {name!r} cannot end at t_min=0, where lambda is infinite; give a positive `t_min` "
+            f"such as {path.t_min} and append the zero"
         )
     times = grid(path, num_steps, first, last, **options)
     # Through sigma and back the ends return with rounding errors; solvers compare them with the path's exact ends.
     times = torch.cat([first[None], times[1:-1], last[None]])
     if not bool((times.diff() < 0).all()):
         raise ValueError(
-            f"discretization {name!r} with {num_steps} steps is not strictly decreasing in float64; use fewer steps, or "
-            "a smaller `rho` or shift"
+            f"discretization {name!r} with {num_steps} steps is not strictly decreasing in float64; use fewer steps, "
+            "or a smaller `rho` or shift"
         )
     return times
 
@@ -236,7 +231,7 @@ def _sigmas_by_rule(rule: str, sigma_max: Tensor, sigma_min: Tensor, num: int, r
 
 
 def _spaced_timesteps(config: dict, path: VPDiscrete, num: int, convention: str) -> Tensor:
-    """The timesteps of `timestep_spacing` (Lin et al., arXiv:2305.08891, table 2), rounded where stock rounds the grid."""
+    """The timesteps of `timestep_spacing` (Lin et al., arXiv:2305.08891, table 2), rounded where stock rounds."""
     spacing = config.get("timestep_spacing") or "linspace"
     trained = len(path.log_alphas)
     if num > trained:
@@ -247,7 +242,7 @@ def _spaced_timesteps(config: dict, path: VPDiscrete, num: int, convention: str)
     clip = config.get("lambda_min_clipped")
     if clip is not None and convention == "multistep":
         trained -= int((path.lam(path.time(torch.arange(trained, dtype=torch.float64))) < clip).sum())
-    # The multistep classes lay out one step more and drop its end, the cleanest; they round, the Euler family does not.
+    # The multistep classes lay out one step more and drop the cleanest; they round, the Euler family does not.
     points = num + 1 if convention == "multistep" else num
     count = torch.arange(points, dtype=torch.float64)
     if spacing == "linspace":
@@ -274,10 +269,8 @@ def _stock_vp_times(config: dict, path: VPDiscrete, num: int, convention: str, f
         # The Euler family bends the range of the spaced timesteps, the multistep classes that of all training steps.
         ends = float64([path.t_max, path.t_min]) if timesteps is None else path.time(timesteps)[[0, -1]]
         ends = path.sigma_edm(ends.clamp(max=path.t_max))
-        sigma_max, sigma_min = (
-            ends[i] if config.get(key) is None else float64(config[key]) for i, key in enumerate(("sigma_max", "sigma_min"))
-        )
-        sigmas = _sigmas_by_rule(rule, sigma_max, sigma_min, num)
+        given = [config.get("sigma_max"), config.get("sigma_min")]
+        sigmas = _sigmas_by_rule(rule, *(end if own is None else float64(own) for own, end in zip(given, ends)), num)
         times = path.inverse_sigma_edm(sigmas)
         table = torch.arange(len(path.log_alphas), dtype=torch.float64)
         # The network is told what stock tells it, interpolated in log sigma where our levels are in log alpha.
@@ -301,7 +294,7 @@ def _log_shift(shift: float | None) -> float:
 
 def _stock_flow_times(config: dict, path: NoisePath, num: int, grid: str, mu, sigmas, alphas_cumprod) -> Tensor:
     rule = _sigma_rule(config)
-    if rule is not None and grid == "unipc" and rule == "karras" and sigmas is None:
+    if grid == "unipc" and rule == "karras" and sigmas is None:
         # UniPC bends the sigma/alpha range of its betas, though a flow model has none, and shifts nothing.
         vp = _path_of_betas(config, alphas_cumprod)
         edm = vp.sigma_edm(_stock_vp_times(config, vp, num, "multistep", "zero")[0][:-1])
@@ -315,7 +308,7 @@ def _stock_flow_times(config: dict, path: NoisePath, num: int, grid: str, mu, si
     static = _log_shift(next((config[name] for name in names if config.get(name) is not None), None))
     dynamic = bool(config.get("use_dynamic_shifting"))
     if dynamic and mu is None:
-        raise ValueError("`use_dynamic_shifting` needs `mu`; pass it to `set_timesteps`, as Diffusers' flow pipelines do")
+        raise ValueError("`use_dynamic_shifting` needs `mu`; pass it to `set_timesteps`, as Diffusers' pipelines do")
     linear = config.get("time_shift_type") == "linear"
     log_shift = (_log_shift(mu) if linear else float(mu)) if dynamic else static
 
@@ -355,7 +348,7 @@ def stock_times(
 ) -> tuple[Tensor, Tensor]:
     r"""The grid that a stock Diffusers scheduler with this config would use.
 
-    On 'vp_discrete' paths: `timestep_spacing`, or the Karras, exponential, lu or beta sigmas. On 've' paths: `sigma_schedule`
+    On 'vp_discrete' paths: `timestep_spacing`, or Karras, exponential, lu or beta sigmas. On 've' paths: `sigma_schedule`
     and `rho` of the EDM schedulers, or, with `timestep_type="continuous"`, EulerDiscrete's sigmas. On 'flow' paths: a
     uniform grid, shifted (`shift` or `flow_shift`, or mu), stretched to `shift_terminal`, then perhaps bent.
 
@@ -371,7 +364,7 @@ def stock_times(
         alphas_cumprod: The betas' table where the path has none but the grid needs it; by default the config's.
 
     Returns:
-        The times of the n + 1 levels, non-increasing, the last 0 or, by `final_sigmas_type="sigma_min"`, as stock has it
+        The times of the n + 1 levels, non-increasing, the last 0 or, by `final_sigmas_type="sigma_min"`, stock's
         (DEIS always ends there; it may repeat the one before), and the n timesteps for the network; both float64.
 
     Raises:

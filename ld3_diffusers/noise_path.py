@@ -159,8 +159,8 @@ class VPDiscrete(NoisePath):
     def __post_init__(self):
         table = self.log_alphas.double()
         if table.ndim == 1 and len(table) > 1 and bool(table[-1] < -8.3):  # log(2**-12) = -8.32
-            # Stock's floor for a zero terminal SNR, alphas_cumprod = 2**-24, can lie above the steps before it (linear betas
-            # do): these are raised to it, apart by a hair, so that the last step keeps stock's noise level.
+            # Stock's floor for a zero terminal SNR, alphas_cumprod = 2**-24, can lie above the steps before it (linear
+            # betas): these are raised to it, apart by a hair, so that the last step keeps stock's noise level.
             above = torch.arange(len(table) - 1, -1, -1, dtype=torch.float64, device=table.device)
             table = torch.maximum(table, table[-1] + 1e-9 * above)
         if table.ndim != 1 or len(table) < 2 or not bool((table.diff() < 0).all()) or not bool(table[0] < 0):

@@ -77,25 +77,31 @@ def conversion(path: NoisePath, form: str, prediction_type: str, t: Tensor) -> t
 
 def check_times(times: Tensor, network_times: Tensor, path: NoisePath) -> None:
     """Raises a `ValueError` that names the entry unless levels never rise, steps fall and everything is on the path."""
-    n = len(times) - 1
-    if n < 1 or times.ndim < 1 or len(network_times) != n:
-        raise ValueError(
-            f"a schedule of N evaluations needs N + 1 times and N network times, got {len(times)} and {len(network_times)}"
-        )
+    counts = [len(values) if values.ndim else 0 for values in (times, network_times)]
+    if counts[0] < 2 or counts[1] != counts[0] - 1:
+        raise ValueError(f"a schedule of N evaluations needs N + 1 times and N network times, got {counts[0]} and {counts[1]}")
     for name, values in (("times", times), ("network_times", network_times)):
         flat = values.detach().reshape(len(values), -1)
-        for i, value in enumerate(flat):
-            if not bool(torch.isfinite(value).all()):
+        before = torch.cat([flat[:1], flat[:-1]])
+        infinite, outside = ~torch.isfinite(flat), (flat < 0) | (flat > path.t_max * (1 + 1e-9))
+        bad = (infinite | outside | (flat > before)).nonzero()
+        if len(bad):
+            i, sample = bad[0].tolist()
+            value = f"{name}[{i}] = {flat[i, sample]:.6g}"
+            if infinite[i, sample]:
                 raise ValueError(f"{name}[{i}] is not finite; give finite times in [0, {path.t_max:g}]")
-            if bool((value < 0).any()) or bool((value > path.t_max * (1 + 1e-9)).any()):
-                raise ValueError(f"{name}[{i}] = {value[0]:.6g} is outside the path; give times in [0, {path.t_max:g}]")
-            if i and bool((value > flat[i - 1]).any()):
-                raise ValueError(
-                    f"{name}[{i}] = {value[0]:.6g} is above {name}[{i - 1}] = {flat[i - 1][0]:.6g}; "
-                    "give times that decrease, from noise to data"
-                )
-    if bool((times[:-1] == 0).any()) or bool((network_times == 0).any()):
-        raise ValueError("only the last of the times may be 0, and no network time; drop what comes after the first 0")
+            if outside[i, sample]:
+                raise ValueError(f"{value} is outside the path; give times in [0, {path.t_max:g}]")
+            raise ValueError(
+                f"{value} is above {name}[{i - 1}] = {before[i, sample]:.6g}; give times that decrease, from noise to data"
+            )
+    for name, values in (("times", times[:-1]), ("network_times", network_times)):
+        zero = (values.detach().reshape(len(values), -1) == 0).any(1).nonzero()
+        if len(zero):
+            raise ValueError(
+                f"{name}[{int(zero[0])}] is 0, but only the last of the times may be 0, and no network time; "
+                "drop what comes after the first 0"
+            )
 
 
 def build_table(
@@ -229,12 +235,14 @@ class Executor:
         self.done = 0
         self.predictions: list[Tensor] = []  # newest first, on the differentiable path
         self.ring: Tensor | None = None
-        self.differentiable = table.differentiable
+        # Rows that differ between samples have no single weight, and stay with plain torch too.
+        self.differentiable = table.differentiable or table.state.ndim > 1
         if self.differentiable:
             return
         n, width = table.history.shape
         self.width = width
         self.state = table.state.tolist()
+        self.first_prediction = None if table.first_prediction is None else float(table.first_prediction)
         # The ring holds m / q = net + (p / q) x, one multiply-add; q goes into the weights.
         self.ratio = (table.p / table.q).tolist()
         age = torch.arange(n)[:, None] - torch.arange(width)[None]  # row i finds m_{i-j} in slot (i - j) mod width
@@ -260,6 +268,8 @@ class Executor:
             x, output = x.to(dtype), output.to(dtype)
         tracked = self.differentiable or (torch.is_grad_enabled() and (x.requires_grad or output.requires_grad))
         if tracked or self.predictions or p_q is not None or (self.threshold is not None):
+            if self.ring is not None:
+                self._leave_ring(i, x)
             result = self._step_plain(i, x, output, p_q)
         else:
             result = self._step_fused(i, x, output)
@@ -281,6 +291,14 @@ class Executor:
             if weight.requires_grad or bool((weight != 0).any()):
                 result = result + _broadcast(weight, x) * m
         return result.to(x.dtype)
+
+    def _leave_ring(self, i, x):
+        """Hands the history of a run that began fused to the plain path: gradients were asked for on its way."""
+        oldest = max(i - self.width, 0 if self.first_prediction is None else -1)
+        for k in range(i - 1, oldest - 1, -1):
+            q = self.table.q[k] if k >= 0 else 1.0
+            self.predictions.append((self.slots[k % self.width] * q).view(x.shape))
+        self.ring = None
 
     def _step_fused(self, i, x, output):
         flat = x.reshape(-1)
@@ -306,14 +324,15 @@ class Executor:
         weights = self.weights.to(device=flat.device, dtype=flat.dtype)
         self.rows = list(weights)
         self.single = self.weights[:, 0].tolist()
-        if self.table.first_prediction is not None:
-            torch.mul(flat, float(self.table.first_prediction), out=self.slots[-1])
+        if self.first_prediction is not None:
+            torch.mul(flat, self.first_prediction, out=self.slots[-1])
 
 
 def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
     """A scalar, or a per-sample vector shaped to multiply x."""
-    if coefficient.ndim in (0, x.ndim):
-        return coefficient if coefficient.ndim == 0 else coefficient.to(x.dtype)
-    return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    if coefficient.ndim == 0:
+        return coefficient
+    coefficient = coefficient.to(x.device, x.dtype)
+    return coefficient if coefficient.ndim == x.ndim else coefficient.reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LD3Scheduler`: learned (and hand-made) schedules of any solver, inside any Diffusers pipeline."""
 
-import copy
 from typing import Any
 
 import torch
@@ -9,13 +8,26 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from ..discretization import append_zero, discretization, stock_times
-from ..noise_path import float64, shift_flow_time
-from ..schedule import Schedule, SolverSpec, check_checksum, interpolate
-from ..step_table import Executor, StepTable, check_times, conversion
-from .pipeline_defaults import default_grid
-from .stock_config import GRID_FLAGS, make_noise_path, stock_overrides
-from .thresholding import make_threshold
+from ..noise_path import float64
+from ..schedule import Schedule, SolverSpec
+from ..step_table import Executor, StepTable, conversion
+from .learned import check_model, check_provenance, describe, learned_schedule, plain_json, read_schedules
+from .stock_config import (
+    check_numbers,
+    logit_shift,
+    make_noise_path,
+    refuse_grid_flags,
+    stock_overrides,
+    unreadable_as_value_error,
+)
+from .thresholding import check_bounds_data, make_threshold
+from .unlearned import refuse_custom_grids, requested, unlearned_schedule
+
+
+UNSCALED_START = (
+    "an analytical first step is part of the starting noise, which this pipeline does not multiply by init_noise_sigma "
+    "after set_timesteps; use a schedule without one (afs=False)"
+)
 
 
 class LD3Scheduler(SchedulerMixin, ConfigMixin):
@@ -102,6 +114,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         sigma_max: float | None = None,
         sigma_data: float | None = None,
     ):
+        check_numbers(self.config)
         self.path = make_noise_path(self.config)
         if prediction_type not in self.path.prediction_types:
             self.path.data_prediction(prediction_type, float64(self.path.t_min))
@@ -111,34 +124,28 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         self.spec = SolverSpec(
             solver, solver_order, solver_type, predict_x0, lower_order_final, afs, starting_scale
         ).with_defaults_for_foreign_options()
-        self._schedules = {}
+        self.spec.make()
+        self._schedules: dict[int, Schedule] = {}
         if schedules is not None:
-            schedules = _normalised_keys(schedules)
+            schedules = plain_json(schedules)
             self.register_to_config(schedules=schedules)
-            self._schedules = {int(nfe): self._parse(nfe, entry) for nfe, entry in schedules.items()}
-        if self._schedules and any(self.config[flag] for flag in GRID_FLAGS):
-            raise ValueError(
-                f"{[flag for flag in GRID_FLAGS if self.config[flag]]} would choose a stock grid, but a learned schedule brings "
-                "its own times; drop the option, or pass schedules=None"
-            )
+            self._schedules = read_schedules(schedules, self.config, self.path)
+        if self._schedules:
+            refuse_grid_flags(self.config)
         self._threshold = make_threshold(self.config)
         if self._threshold is not None:
-            for spec in [self.spec, *(s.spec for s in self._schedules.values())]:
-                if spec.make().form(self.path) != "data":
-                    raise ValueError(
-                        f"clip_sample and thresholding bound the data prediction, which {spec.solver} does not extrapolate; "
-                        "use ddim, dpmpp or unipc with predict_x0=True, or switch them off"
-                    )
+            for spec in (self.spec, *(schedule.spec for schedule in self._schedules.values())):
+                check_bounds_data(spec, self.path)
         self._override: Schedule | None = None
         self._cache: dict[tuple, tuple[Schedule, StepTable, float]] = {}
         self.num_inference_steps = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
-        self.sigmas = self.path.sigma_edm(self.path.time(self.timesteps.double())).float()
-        if noise_path == "flow":
-            self.sigmas = self.timesteps / num_train_timesteps
         self._table: StepTable | None = None
         self._executor: Executor | None = None
+        self._start_was_scaled = False
         self._step_index = self._begin_index = None
+        times = torch.linspace(self.path.t_max, self.path.t_min, num_train_timesteps, dtype=torch.float64)
+        self.sigmas = self.path.levels(times).z.float()
+        self._tell(self.path.timestep(times))
 
     # ------------------------------------------------------------------ making and loading
 
@@ -149,8 +156,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for a stock scheduler that cannot be followed, or options that contradict a learned schedule.
         """
-        if isinstance(config, dict):
-            kwargs = {**stock_overrides(dict(config), kwargs), **kwargs}
+        kwargs = {**stock_overrides(config, kwargs), **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -160,39 +166,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if the file is not JSON or describes no valid schedule.
         """
-        try:
+        with unreadable_as_value_error(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, return_unused_kwargs, **kwargs)
-        except OSError as error:
-            if "not a valid JSON" in str(error):
-                raise ValueError(
-                    f"the scheduler config in {str(pretrained_model_name_or_path)!r} is not valid JSON; save or download it again"
-                ) from error
-            raise
-        except TypeError as error:
-            raise ValueError(
-                f"the scheduler config in {str(pretrained_model_name_or_path)!r} has an entry of the wrong type ({error}); "
-                "save or download it again"
-            ) from error
-
-    def _parse(self, nfe: str, entry) -> Schedule:
-        try:
-            schedule = Schedule.from_dict(entry)
-            for name, mine, its in (
-                ("prediction_type", self.config.prediction_type, schedule.prediction_type),
-                ("noise_path", self.config.noise_path, schedule.noise_path),
-            ):
-                if mine != its:
-                    raise ValueError(
-                        f"it was learned for {name}={its!r} but this model has {mine!r}; use a schedule made for this model"
-                    )
-            check_times(schedule.times, schedule.network_times, self.path)
-        except ValueError as error:
-            raise ValueError(f"schedules[{nfe!r}]: {error}") from error
-        if schedule.nfe != int(nfe):
-            raise ValueError(
-                f"schedules[{nfe!r}] makes {schedule.nfe} network evaluations; rename the key to {str(schedule.nfe)!r}"
-            )
-        return schedule
 
     @property
     def learned_counts(self) -> list[int]:
@@ -208,38 +183,22 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         """Compare the provenance of the learned schedules with a pipeline.
 
         Raises:
-            ValueError: naming what differs: the denoiser's class or channels, guidance distillation or prediction type.
+            ValueError: naming what differs: the denoiser's class, channels, guidance embedding, dtype or name, or, while
+                the pipeline has another scheduler, that scheduler's noise path or prediction type.
         """
-        denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-        if denoiser is None:
-            raise ValueError("this pipeline has neither a unet nor a transformer; check the schedule against its model card")
-        actual = {
-            "denoiser": type(denoiser).__name__,
-            "in_channels": denoiser.config.get("in_channels"),
-            "dtype": str(denoiser.dtype).removeprefix("torch."),
-            "teacher": getattr(pipe.config, "_name_or_path", None) or denoiser.config.get("_name_or_path"),
-        }
-        for nfe, schedule in sorted(self._schedules.items()):
-            facts = schedule.provenance
-            different = [
-                f"{key} {facts[key]!r} (here {value!r})"
-                for key, value in actual.items()
-                if key in facts and value is not None and facts[key] != value
-            ]
-            if different:
-                raise ValueError(
-                    f"the schedule for {nfe} evaluations was learned with another {', '.join(different)}; "
-                    "results may differ from its card: learn one for this pipeline, or sample without check()"
-                )
+        if pipe.scheduler is not self:
+            check_model(self.config, type(self).from_config(pipe.scheduler.config, schedules=None).config)
+        check_provenance(self._schedules, pipe)
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__}(noise_path={self.config.noise_path!r}, solver={self.spec.solver!r}"]
-        for nfe, schedule in sorted(self._schedules.items()):
-            facts = ", ".join(f"{k}={v!r}" for k, v in schedule.provenance.items() if isinstance(v, (str, int, float)))
-            lines.append(f"  {nfe} evaluations: {schedule.spec.solver}, {facts or 'no provenance'}")
-        return "\n".join([*lines, ")"])
+        first = f"{type(self).__name__}(noise_path={self.config.noise_path!r}, solver={self.spec.solver!r}"
+        return "\n".join([first, *(describe(nfe, self._schedules[nfe]) for nfe in self.learned_counts), ")"])
 
     # ------------------------------------------------------------------ times
+
+    def _tell(self, timesteps: Tensor, device=None) -> None:
+        self.timesteps = timesteps.to(device=device, dtype=torch.float32)
+        self._timesteps_on_host = timesteps.detach().float().tolist()
 
     def set_timesteps(
         self,
@@ -260,118 +219,47 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for a count without a learned schedule, a custom grid beside a learned one, or a missing mu.
         """
-        given = timesteps if timesteps is not None else sigmas
-        if num_inference_steps is None:
-            if given is None:
-                raise ValueError("pass num_inference_steps, the number of network evaluations")
-            num_inference_steps = len(given)
-        if isinstance(num_inference_steps, bool) or int(num_inference_steps) != num_inference_steps or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}")
-        num_inference_steps = int(num_inference_steps)
-        if self.config.use_dynamic_shifting and mu is None:
-            raise ValueError("this flow scheduler shifts with the resolution; pass `mu`, or set use_dynamic_shifting=False")
-
-        self._schedule, self._table, self._mu = self._choose(num_inference_steps, timesteps, sigmas, mu)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = self._table.timesteps.to(device=device, dtype=torch.float32)
-        self._timesteps_on_host = self._table.timesteps.detach().float().tolist()
+        nfe, timesteps, sigmas = requested(num_inference_steps, timesteps, sigmas)
+        self._schedule, self._table, self._mu = self._choose(nfe, timesteps, sigmas, mu)
+        self.num_inference_steps = nfe
+        self._tell(self._table.timesteps, device)
         levels = self.path.levels(self._table.times)
         self.sigmas = levels.z.to(device=device, dtype=torch.float32)
         scale = self.path.input_scale(self._table.network_times)
         self._input_scales = scale if scale.requires_grad else scale.tolist()
         self._executor = None
+        self._start_was_scaled = False
         self._step_index = self._begin_index = None
 
     def _choose(self, nfe, timesteps, sigmas, mu) -> tuple[Schedule, StepTable, float]:
-        learned = self._override or self._schedules.get(nfe)
-        if learned is None and self._schedules and self.config.discretization is None:
-            if not self.config.interpolate:
-                raise ValueError(
-                    f"no schedule was learned for {nfe} evaluations; use num_inference_steps = "
-                    f"{' or '.join(map(str, self.learned_counts))}, or load with interpolate=True"
-                )
-            learned = interpolate(self._schedules, nfe, self.path)
+        learned = self._override
+        if learned is None and (self._schedules.get(nfe) or self.config.discretization is None):
+            learned = learned_schedule(self._schedules, nfe, self.path, self.config.interpolate)
         if learned is not None:
             if learned.nfe != nfe:
-                raise ValueError(f"the schedule in use makes {learned.nfe} evaluations; set num_inference_steps to that")
-            for name, grid in (("timesteps", timesteps), ("sigmas", sigmas)):
-                if grid is not None and default_grid(grid, nfe) is None:
-                    raise ValueError(f"custom {name} contradict the learned schedule; drop them, or load with schedules=None")
-            mu = 0.0 if learned.final else self._logit_shift(mu)
+                raise ValueError(f"the schedule in use makes {learned.nfe} evaluations; set num_inference_steps to it")
+            refuse_custom_grids(nfe, timesteps=timesteps, sigmas=sigmas)
+            mu = 0.0 if learned.final else logit_shift(self.config, mu)
             key = (nfe, mu)
         else:
-            key = (nfe, mu, *(None if grid is None else tuple(map(float, grid)) for grid in (timesteps, sigmas)))
+            key = (nfe, mu, *(None if grid is None else tuple(grid) for grid in (timesteps, sigmas)))
         if key not in self._cache:
             if learned is None:
-                learned, mu = self._hand_made(nfe, timesteps, sigmas, mu), 0.0
-            elif learned.checksum is not None:
-                check_checksum(learned.table(self.path), learned.checksum)
+                learned, mu = unlearned_schedule(self.config, self.path, self.spec, nfe, timesteps, sigmas, mu), 0.0
             chosen = learned, learned.table(self.path, mu=mu), mu
             if chosen[1].differentiable:
                 return chosen
             self._cache = {**dict(list(self._cache.items())[-7:]), key: chosen}
         return self._cache[key]
 
-    def _logit_shift(self, mu: float | None) -> float:
-        """The shift of the times of rectified flow, in logit s."""
-        if self.config.noise_path != "flow":
-            return 0.0
-        if self.config.shift_terminal:
-            raise ValueError(
-                "shift_terminal stretches the times in a way that does not transfer; learn on final times (Schedule.final)"
-            )
-        if not self.config.use_dynamic_shifting:
-            return float(torch.log(float64(self.config.shift)))
-        return float(mu) if self.config.time_shift_type == "exponential" else float(torch.log(float64(mu)))
-
-    def _hand_made(self, nfe, timesteps, sigmas, mu) -> Schedule:
-        """The schedule of an unlearned grid."""
-        solver, path, config = self.spec.make(), self.path, self.config
-        rows = nfe + int(self.spec.afs)
-        to_zero = config.final_sigmas_type == "zero"
-        steps = solver.num_steps(rows, to_zero)
-        if steps != nfe:  # a pipeline's default grid is meant for a step an evaluation
-            timesteps, sigmas = (self._resized(grid, nfe, steps) for grid in (timesteps, sigmas))
-        network_times = None
-        if timesteps is None and (sigmas is None or path.kind == "flow"):
-            if config.discretization is not None:
-                grid = discretization(config.discretization, path, steps - to_zero, rho=config.rho)
-                grid = append_zero(grid) if to_zero else grid
-                if path.kind == "flow":
-                    grid = shift_flow_time(grid, self._logit_shift(mu))
-            else:
-                convention = "multistep" if solver.name in ("dpmpp", "unipc", "deis") else "euler"
-                grid, stock_timesteps = stock_times(
-                    config, path, steps, spacing_convention=convention, flow_grid=config.flow_grid, mu=mu, sigmas=sigmas
-                )
-                network_times = path.time(stock_timesteps)
-        else:
-            levels = path.time(float64(timesteps)) if timesteps is not None else path.inverse_sigma_edm(float64(sigmas))
-            network_times = levels
-            if timesteps is not None and sigmas is not None:
-                levels = float64(sigmas) if path.kind == "flow" else path.inverse_sigma_edm(float64(sigmas))
-            grid = append_zero(levels) if to_zero else torch.cat([levels, float64([path.t_min])])
-        times = solver.expand_to(path, grid, rows)
-        network_times = network_times if solver.stages == 1 else None
-        return Schedule(times, network_times, self.spec, config.noise_path, config.prediction_type, final=True)
-
-    def _resized(self, grid, nfe, steps):
-        if grid is None:
-            return None
-        candidate = default_grid(grid, nfe)
-        if candidate is None:
-            raise ValueError(
-                f"{self.spec.solver} takes {steps} steps in {nfe} evaluations and cannot use a custom grid of {nfe}; "
-                "use `discretization`, or a solver with one evaluation a step"
-            )
-        resized = candidate(steps)
-        return resized * 1000 if float(grid[0]) > 2 else resized
-
     @property
     def init_noise_sigma(self) -> float | Tensor:
         """Standard deviation of the starting noise."""
         if self._table is None:
+            if self.spec.afs or any(schedule.spec.afs for schedule in self._schedules.values()):
+                raise ValueError(UNSCALED_START)
             return float(self.path.t_max) if self.path.kind == "ve" else 1.0
+        self._start_was_scaled = True
         start = self._table.start
         return start if start.requires_grad else float(start)
 
@@ -402,8 +290,17 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         index, nearest = min(enumerate(self._timesteps_on_host), key=lambda pair: abs(pair[1] - value))
         # a pipeline may have cast the time to bfloat16, which keeps 8 bits
         if abs(nearest - value) > 2**-8 * max(abs(value), 1e-2):
-            raise ValueError(f"{value:g} is none of this schedule's timesteps; pass an element of `scheduler.timesteps`")
+            raise ValueError(
+                f"{value:g} is none of this schedule's timesteps; pass an element of `scheduler.timesteps`"
+            )
         return index
+
+    def _index_of(self, timestep) -> int:
+        """Index of the step to take, which the pipeline calls `timestep`."""
+        for index in (self._step_index, self._begin_index):
+            if index is not None:
+                return index
+        return self.index_for_timestep(timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Times c_in on variance-exploding paths, else unchanged. Idempotent: it has no state."""
@@ -411,8 +308,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             return sample
         if self._table is None:
             raise ValueError("call set_timesteps before sampling")
-        index = self._step_index if self._step_index is not None else self.index_for_timestep(timestep)
-        return (sample * self._input_scales[index]).to(sample.dtype)
+        return (sample * self._input_scales[self._index_of(timestep)]).to(sample.dtype)
 
     # ------------------------------------------------------------------ stepping
 
@@ -446,11 +342,13 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
                 "drop the learned variance of the output, if it has one, and pass the sample that the model saw"
             )
         if self._step_index is None:
-            index = self._begin_index if self._begin_index is not None else self.index_for_timestep(timestep)
-            self._step_index = index
+            index = self._index_of(timestep)
+            if not index and self._table.first_prediction is not None and not self._start_was_scaled:
+                raise ValueError(UNSCALED_START)
             # The history before a later start is missing, so its tail gets a table of its own.
             table = self._schedule.table(self.path, mu=self._mu, first=index) if index else self._table
             self._executor = Executor(table, self._threshold)
+            self._step_index = index
         if per_token_timesteps is None:
             previous = self._executor.step(sample, model_output).to(model_output.dtype)
         else:
@@ -490,29 +388,18 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             index = self._begin_index if self._step_index is None else self._step_index
             times = self._table.times[index].detach().expand(len(timesteps))
         else:
-            times = torch.stack([self._time_of(t) for t in timesteps])
-        shape = (-1, *[1] * (like.ndim - 1))
-        return (part.to(like.device, like.dtype).reshape(shape) for part in (self.path.alpha(times), self.path.sigma(times)))
+            times = torch.stack([self._time_of(value) for value in timesteps.tolist()])
+        alpha_sigma = torch.stack([self.path.alpha(times), self.path.sigma(times)]).to(like.device, like.dtype)
+        return alpha_sigma.reshape(2, -1, *[1] * (like.ndim - 1))
 
-    def _time_of(self, timestep):
-        if self._table is not None:
-            for i, value in enumerate(self._timesteps_on_host):
-                if value == float(timestep):
-                    return self._table.times[i].detach()
-        return self.path.time(timestep.double().cpu())
+    def _time_of(self, timestep: float) -> Tensor:
+        """The noise level of a timestep of the schedule, else of the model."""
+        if self._table is not None and timestep in self._timesteps_on_host:
+            return self._table.times[self._timesteps_on_host.index(timestep)].detach()
+        return self.path.time(float64(timestep))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
-
-
-def _normalised_keys(schedules) -> dict[str, Any]:
-    """A deep copy with decimal strings as keys: JSON has no others."""
-    if not isinstance(schedules, dict):
-        raise ValueError(f"schedules must map a number of evaluations to a schedule, got {type(schedules).__name__}")
-    bad = [key for key in schedules if not str(key).isdecimal() or int(key) < 1]
-    if bad:
-        raise ValueError(f"schedules has the keys {bad}; use the number of network evaluations as a decimal string")
-    return {str(int(key)): copy.deepcopy(entry) for key, entry in schedules.items()}
 
 
 # pipelines saved with this scheduler name the package, not the file, so that the file may move

@@ -7,6 +7,9 @@ has other betas than a default `DDIMScheduler`, and all of `FlowMatchEulerDiscre
 facts are read raw, and they decide the noise path.
 """
 
+import math
+from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 from diffusers.utils import logging
@@ -27,24 +30,47 @@ GRID_KEYS = (*GRID_FLAGS, "timestep_spacing", "steps_offset", "final_sigmas_type
 SOLVER_CHOICES = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final", "afs", "starting_scale")
 
 
+@contextmanager
+def unreadable_as_value_error(origin):
+    """Turns the errors of a config file at `origin` that is no JSON, or has a list for a number, into `ValueError`s."""
+    try:
+        yield
+    except OSError as error:
+        if "not a valid JSON" in str(error):
+            raise ValueError(
+                f"the scheduler config in {str(origin)!r} is not valid JSON; save or download it again"
+            ) from error
+        raise
+    except TypeError as error:
+        raise ValueError(
+            f"the scheduler config in {str(origin)!r} has an entry of the wrong type ({error}); save or download it again"
+        ) from error
+
+
 def stock_overrides(config: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments that, before `explicit` ones, make an `LD3Scheduler` of a raw config of any scheduler.
 
     Raises:
-        ValueError: for stock options that no deterministic ODE schedule can follow.
+        ValueError: for what is no config, and for stock options that no deterministic ODE schedule can follow.
     """
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"from_config takes the config of a scheduler, a mapping, and got {type(config).__name__}; "
+            "use from_pretrained for a folder or a repository"
+        )
     for key, why in (
         ("invert_sigmas", "its model runs time backwards"),
         ("stochastic_sampling", "it adds noise at every step"),
     ):
-        if config.get(key):
+        if explicit.get(key, config.get(key)):
             raise ValueError(f"a scheduler config with {key}=True cannot be converted: {why}; use the stock scheduler")
     overrides = {}
     if "noise_path" not in config:
         overrides |= _noise_path_facts(config)
     overrides |= _solver_preferences(config, explicit)
     if explicit.get("schedules", config.get("schedules")):
-        asked = [key for key in GRID_KEYS if key in explicit and key != "discretization"]
+        # a named discretization, and its rho, serve the counts without a learned schedule
+        asked = [key for key in GRID_KEYS if key in explicit and key not in ("discretization", "rho")]
         if asked:
             raise ValueError(
                 f"{', '.join(asked)} would choose a stock grid, but a learned schedule brings its own times; "
@@ -52,7 +78,9 @@ def stock_overrides(config: dict[str, Any], explicit: dict[str, Any]) -> dict[st
             )
         dropped = [key for key in GRID_FLAGS if config.get(key)]
         if dropped:
-            logger.warning(f"a learned schedule brings its own times; ignoring {', '.join(dropped)} of the stock config")
+            logger.warning(
+                f"a learned schedule brings its own times; ignoring {', '.join(dropped)} of the stock config"
+            )
         overrides |= dict.fromkeys(dropped, False)
         _refuse_other_solver(explicit, explicit.get("schedules", config.get("schedules")))
     return {key: value for key, value in overrides.items() if key not in explicit}
@@ -68,7 +96,9 @@ def _noise_path_facts(config):
     ):
         facts |= {key: config[key] for key in (*FLOW_KEYS, "shift_terminal", "time_shift_type") if key in config}
         if "flow_shift" in config:
-            facts |= {"shift": config["flow_shift"], "flow_grid": "unipc"}
+            # of the two stock grids for flow models, DPM++ and DEIS, which alone have this key, use the other
+            grid = "dpmpp" if "algorithm_type" in config else "unipc"
+            facts |= {"shift": config["flow_shift"], "flow_grid": grid}
         return facts | {
             "noise_path": "flow",
             "prediction_type": config.get("prediction_type", "flow_prediction"),
@@ -110,6 +140,60 @@ def _refuse_other_solver(explicit, schedules):
                     f"{key}={explicit[key]!r} contradicts the schedule learned for {nfe} evaluations, which was learned with "
                     f"{key}={entry[key]!r}; drop the option, or pass schedules=None to sample without the learned schedule"
                 )
+
+
+NUMBERS = (
+    *("beta_start", "beta_end", "rho", "steps_offset", "clip_sample_range", "dynamic_thresholding_ratio"),
+    *("sample_max_value", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+    *("shift_terminal", *SIGMA_KEYS),
+)
+
+
+def check_numbers(config) -> None:
+    """Raises a `ValueError` if an option that must be a number is none, or is NaN or infinite, which JSON would carry along."""
+    for key in NUMBERS:
+        value = config[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
+            raise ValueError(f"{key} must be a finite number, got {value!r}; check the config it came from")
+    count = config["num_train_timesteps"]
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        raise ValueError(
+            f"num_train_timesteps must be a positive integer, got {count!r}; check the config it came from"
+        )
+    if config["shift"] <= 0:
+        raise ValueError(f"shift must be positive, got {config['shift']!r}; 1 shifts nothing")
+
+
+def refuse_grid_flags(config) -> None:
+    """Raises a `ValueError` if options beside a learned schedule would choose a stock grid."""
+    chosen = [flag for flag in GRID_FLAGS if config[flag]]
+    if chosen:
+        raise ValueError(
+            f"{', '.join(chosen)} would choose a stock grid, but a learned schedule brings its own times; "
+            "drop the option, or pass schedules=None"
+        )
+
+
+def logit_shift(config, mu: float | None) -> float:
+    """How far a config moves the times of rectified flow in logit s, `mu` being what the pipeline passes for its resolution.
+
+    Raises:
+        ValueError: if `mu` is missing, or with `shift_terminal`, which is no shift in logit s.
+    """
+    if config["noise_path"] != "flow":
+        return 0.0
+    if config["shift_terminal"]:
+        raise ValueError(
+            "shift_terminal stretches the times in a way that does not transfer; use a schedule of final times "
+            "(Schedule.final), or set shift_terminal=None"
+        )
+    if not config["use_dynamic_shifting"]:
+        return math.log(config["shift"])
+    if mu is None:
+        raise ValueError(
+            "this flow scheduler shifts with the resolution; pass `mu`, or set use_dynamic_shifting=False"
+        )
+    return float(mu) if config["time_shift_type"] == "exponential" else math.log(mu)
 
 
 def make_noise_path(config) -> NoisePath:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..noise_path import NoisePath
+from ..schedule import SolverSpec
+
 
 def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     r"""Clamp to ±s and divide by s, s the `ratio` quantile of each sample's |x0|, between 1 and `max_value`
@@ -22,6 +25,15 @@ def make_threshold(config) -> Callable[[Tensor], Tensor] | None:
     if config["clip_sample"]:
         return _Clip(config["clip_sample_range"])
     return None
+
+
+def check_bounds_data(spec: SolverSpec, path: NoisePath) -> None:
+    """Raises a `ValueError` if a solver does not extrapolate the data prediction, so that there is nothing to bound."""
+    if spec.make().form(path) != "data":
+        raise ValueError(
+            f"clip_sample and thresholding bound the data prediction, which {spec.solver} does not extrapolate; "
+            "use ddim, dpmpp or unipc with predict_x0=True, or switch them off"
+        )
 
 
 class _Threshold:  # classes, so that schedulers can be pickled

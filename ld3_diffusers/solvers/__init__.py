@@ -31,13 +31,13 @@ def make_solver(name: str, **options) -> Solver:
     Raises:
         ValueError: for an unknown solver, order or variant.
     """
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}; use one of {', '.join(sorted(SOLVERS))}")
     known = {f.name for f in fields(SOLVERS[name])}
     options = {key: value for key, value in options.items() if key in known and value is not None}
     order = options.get("order")
     if order is not None:
-        if isinstance(order, bool) or order not in ORDERS[name]:
+        if type(order) is not int or order not in ORDERS[name]:
             raise ValueError(f"{name} has no order {order!r}; use solver_order = {' or '.join(map(str, ORDERS[name]))}")
     variant = options.get("variant")
     if variant is not None and variant not in VARIANTS[name]:

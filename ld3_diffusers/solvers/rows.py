@@ -36,7 +36,7 @@ def ends_at_zero(levels: Levels, i: int) -> bool:
 
 def starts_at_pure_noise(levels: Levels, i: int) -> bool:
     """Whether level i has no signal at all (rectified flow at s = 1), so that its lambda is -inf."""
-    return bool((levels.alpha[i] == 0).any())
+    return bool((levels.alpha[i] <= 0).any())
 
 
 def euler_row(levels: Levels, i: int) -> Row:
@@ -99,6 +99,7 @@ class Solver:
             zero = ends_at_zero(levels, i)
             order = 1 if zero and self.lowers_order_at_zero else self.step_order(i, num_rows)
             kind = (order, previous_order, (first + i) % self.stages, zero, same_level(levels, i, i + 1))
+            kind += (starts_at_pure_noise(levels, max(i - LOOK_BACK, 0)),)  # formulas drop such a level
             if i < LOOK_BACK:
                 rows[i] = self.row(levels, i, *kind[:3])
             else:

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned schedules in a scheduler's config: reading them, and comparing them with the model that they are to serve."""
+
+import json
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..noise_path import NoisePath
+from ..schedule import Schedule, check_checksum, interpolate
+from .stock_config import BETA_KEYS
+
+
+def plain_json(schedules) -> dict[str, Any]:
+    """A deep copy as JSON has it: decimal strings as keys, lists for tuples, finite numbers, no tensors.
+
+    Raises:
+        ValueError: for what JSON has not.
+    """
+    if not isinstance(schedules, dict):
+        raise ValueError(f"schedules must map a number of evaluations to a schedule, got {type(schedules).__name__}")
+    bad = [key for key in schedules if not str(key).isdecimal() or int(key) < 1]
+    if bad:
+        raise ValueError(f"schedules has the keys {bad}; use the number of network evaluations as a decimal string")
+    try:
+        return {str(int(key)): json.loads(json.dumps(entry, allow_nan=False)) for key, entry in schedules.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"schedules must be plain JSON with finite numbers ({error}); see Schedule.to_dict"
+        ) from error
+
+
+def read_schedules(schedules: dict[str, Any], config, path: NoisePath) -> dict[int, Schedule]:
+    """The schedules, by number of evaluations, for the model that `config` describes.
+
+    Raises:
+        ValueError: if one is malformed, was made for another model, or builds another table than it was saved with.
+    """
+    return {int(nfe): _read(nfe, entry, config, path) for nfe, entry in schedules.items()}
+
+
+def _read(nfe, entry, config, path) -> Schedule:
+    try:
+        schedule = Schedule.from_dict(entry)
+        # a path of kind "ve" is that of an "edm" config too, which only adds the preconditioning
+        for name, mine in (("prediction_type", config["prediction_type"]), ("noise_path", path.kind)):
+            if mine != getattr(schedule, name):
+                raise ValueError(
+                    f"it was learned for {name}={getattr(schedule, name)!r} but this model has {mine!r}; "
+                    "use a schedule made for this model"
+                )
+        check_checksum(schedule.table(path), schedule.checksum)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"schedules[{nfe!r}]: {error}") from error
+    if schedule.nfe != int(nfe):
+        raise ValueError(
+            f"schedules[{nfe!r}] makes {schedule.nfe} network evaluations; rename the key to {str(schedule.nfe)!r}"
+        )
+    return schedule
+
+
+def learned_schedule(
+    schedules: dict[int, Schedule], nfe: int, path: NoisePath, may_interpolate: bool
+) -> Schedule | None:
+    """The learned schedule for `nfe` evaluations; None if nothing was learned at all.
+
+    Raises:
+        ValueError: if there are schedules for other counts only, and interpolation was not asked for.
+    """
+    if not schedules or nfe in schedules:
+        return schedules.get(nfe)
+    if not may_interpolate:
+        raise ValueError(
+            f"no schedule was learned for {nfe} evaluations; use num_inference_steps = "
+            f"{' or '.join(map(str, sorted(schedules)))}, or load with interpolate=True"
+        )
+    return interpolate(schedules, nfe, path)
+
+
+def check_model(config, of_pipeline) -> None:
+    """Raises a `ValueError` if the config of a pipeline's scheduler speaks of another model than `config`."""
+    betas = BETA_KEYS if of_pipeline["noise_path"] == "vp_discrete" else ()
+    for key in ("noise_path", "prediction_type", *betas):
+        if config[key] != of_pipeline[key]:
+            raise ValueError(
+                f"these schedules are for {key}={config[key]!r} and the scheduler of this pipeline has "
+                f"{of_pipeline[key]!r}; use schedules made for this model"
+            )
+
+
+def check_provenance(schedules: dict[int, Schedule], pipe: DiffusionPipeline) -> None:
+    """Raises a `ValueError` that names in what the pipeline's network differs from the one a schedule was learned with."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if denoiser is None:
+        raise ValueError(
+            "this pipeline has neither a unet nor a transformer; check the schedule against its model card"
+        )
+    actual = {
+        "denoiser": type(denoiser).__name__,
+        "in_channels": denoiser.config.get("in_channels"),
+        "guidance_embeds": denoiser.config.get("guidance_embeds"),
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
+        "teacher": getattr(pipe.config, "_name_or_path", None) or denoiser.config.get("_name_or_path"),
+    }
+    for nfe, schedule in sorted(schedules.items()):
+        facts = schedule.provenance
+        different = [
+            f"{key} {facts[key]!r} (here {value!r})"
+            for key, value in actual.items()
+            if key in facts and value is not None and facts[key] != value
+        ]
+        if different:
+            raise ValueError(
+                f"the schedule for {nfe} evaluations was learned with another {', '.join(different)}; "
+                "results may differ from its card: learn one for this pipeline, or sample without check()"
+            )
+
+
+def describe(nfe: int, schedule: Schedule) -> str:
+    """One line of a scheduler's `repr`."""
+    facts = ", ".join(f"{k}={v!r}" for k, v in schedule.provenance.items() if isinstance(v, (str, int, float)))
+    return f"  {nfe} evaluations: {schedule.spec.solver}, {facts or 'no provenance'}"
