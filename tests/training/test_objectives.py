@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from training.objectives import Decoded, Huber, l1, l2, make_objective
+from training.stlpips import ShiftTolerantLPIPS, enlarge
+
+
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("stlpips_pytorch") is None, reason="the weights of stlpips_pytorch are not installed"
+)
+
+
+def random(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_distances_are_what_they_say_for_each_sample():
+    end = torch.zeros(2, 3, 2, 2)
+    target = torch.stack([torch.full((3, 2, 2), 3.0), torch.tensor([[1.0, 0], [0, 0]]).expand(3, 2, 2)])
+    torch.testing.assert_close(l1(end, target), torch.tensor([3.0, 0.25]))
+    torch.testing.assert_close(l2(end, target), torch.tensor([9.0, 0.25]))
+    torch.testing.assert_close(Huber(c=4.0)(end, target), torch.tensor([1.0, (0.25 + 16) ** 0.5 - 4]))
+
+
+def test_l2_is_the_published_sum_over_the_size():
+    end, target = random(2, 3, 8, 8, seed=1), random(2, 3, 8, 8, seed=2)
+    torch.testing.assert_close(l2(end, target), ((end - target) ** 2).sum((1, 2, 3)) / (3 * 8**2))
+
+
+def test_huber_is_l2_for_close_pairs_and_l1_for_far_ones():
+    target = torch.zeros(1, 4)
+    near, far = torch.full((1, 4), 1e-4), torch.full((1, 4), 1e3)
+    huber = Huber(c=0.03)
+    torch.testing.assert_close(huber(near.double(), target.double()), l2(near, target).double() / 0.06, rtol=1e-4, atol=0)
+    torch.testing.assert_close(huber(far, target), l1(far, target), rtol=1e-4, atol=0)
+
+
+def test_pixel_space_decodes_both_and_gives_gradients_to_the_student_alone():
+    calls = []
+
+    def decode(latents):
+        calls.append(latents.requires_grad)
+        return 2 * latents
+
+    end, target = random(2, 4).requires_grad_(), random(2, 4, seed=1).requires_grad_()
+    objective = make_objective("l2", loss_space="pixel", decode=decode)
+    assert isinstance(objective, Decoded)
+    losses = objective(end, target)
+    torch.testing.assert_close(losses, 4 * l2(end, target))
+    losses.sum().backward()
+    assert end.grad is not None and target.grad is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"loss": "l3"}, "unknown loss 'l3'"),
+        ({"loss": "l2", "loss_space": "noise"}, "unknown loss_space"),
+        ({"loss": "l2", "loss_space": "pixel"}, "needs a decoder"),
+        ({"loss": "stlpips"}, "compares images"),
+        ({"loss": "lpips"}, "compares images"),
+    ],
+)
+def test_refusals(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_objective(**arguments)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lpips") is not None, reason="lpips is installed")
+def test_a_missing_lpips_is_named_when_it_is_asked_for():
+    with pytest.raises(ImportError, match="needs the packages lpips and torchvision"):
+        make_objective("lpips", loss_space="pixel", decode=lambda x: x)
+
+
+@pytest.fixture(scope="module")
+def stlpips():
+    return ShiftTolerantLPIPS()
+
+
+@needs_weights
+def test_stlpips_has_its_package_s_values(stlpips):
+    # Of the package's own class (AlexNet, shift_tolerant, version 0.0) on the same random images.
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
+    expected = torch.tensor(STLPIPS_VALUES)
+    torch.testing.assert_close(stlpips(first, second), expected, rtol=1e-5, atol=1e-7)
+
+
+@needs_weights
+def test_stlpips_orders_distortions_and_ignores_small_shifts(stlpips):
+    # A picture with structure: a few soft discs.
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    disc = torch.sigmoid(20 * (0.4 - (x**2 + y**2).sqrt()))
+    other = torch.sigmoid(20 * (0.3 - ((x - 0.3) ** 2 + (y + 0.4) ** 2).sqrt()))
+    image = torch.stack([disc, other, disc * other])[None] * 2 - 1
+    distance = {
+        "same": image,
+        "faint noise": image + 0.02 * random(*image.shape, seed=3),
+        "noise": image + 0.3 * random(*image.shape, seed=3),
+        "shift": image.roll(1, -1),
+        "blur": F.avg_pool2d(image, 9, 1, 4),
+    }
+    distance = {name: float(stlpips(image, changed)) for name, changed in distance.items()}
+    assert distance["same"] == 0
+    assert distance["shift"] < distance["blur"]
+    assert 0 < distance["faint noise"] < distance["noise"]
+
+
+@needs_weights
+def test_stlpips_is_symmetric_per_sample_and_differentiable(stlpips):
+    first, second = random(2, 3, 64, 64, seed=1), random(2, 3, 64, 64, seed=2)
+    together = stlpips(first, second)
+    torch.testing.assert_close(together, stlpips(second, first))
+    torch.testing.assert_close(together[1:], stlpips(first[1:], second[1:]))
+    first.requires_grad_()
+    stlpips(first, second).sum().backward()
+    step = 1e-3 * first.grad / first.grad.norm()
+    with torch.no_grad():
+        fallen = stlpips(first - step, second).sum() - together.sum()
+        torch.testing.assert_close(fallen, -1e-3 * first.grad.norm(), rtol=0.1, atol=1e-7)
+
+
+@needs_weights
+def test_small_and_grey_images_are_enlarged_and_repeated(stlpips):
+    grey, other = random(1, 1, 32, 32, seed=1), random(1, 1, 32, 32, seed=2)
+    large = [enlarge(image, 64).expand(-1, 3, -1, -1) for image in (grey, other)]
+    assert large[0].shape == (1, 3, 64, 64)
+    torch.testing.assert_close(stlpips(grey, other), stlpips(*large))
+    assert enlarge(random(1, 3, 16, 32), 64).shape == (1, 3, 64, 128)
+    assert enlarge(random(1, 3, 80, 96), 64).shape == (1, 3, 80, 96)
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        stlpips(random(1, 4, 64, 64), random(1, 4, 64, 64))
+
+
+STLPIPS_VALUES = [0.0, 0.0, 0.0]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way once: learn a schedule for a pipeline, load it into a fresh one, compare it with every stock scheduler.
+
+    python -m training.demo [--nfe 5] [--recipes default published] [--output_dir outputs/demo]
+
+makes three teacher sets (to learn on, to select on, to judge on: the last with prompts and seeds that learning never sees), learns
+with each recipe, saves, loads with `LD3Scheduler.from_pretrained(folder)`, prints one table and writes `comparison.png`,
+`schedules.png`, `table.md` and `results.json` into `<output_dir>/nfe-<n>`. Interrupted, it leaves nothing broken; started again, it
+continues.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+
+from ld3_diffusers import LD3Scheduler
+from ld3_diffusers.solvers import SOLVERS
+
+from . import make_teacher_set, train_ld3
+from .comparison import Contender, best_by_name, sample, stock_contenders
+from .decoding import decode
+from .recipe import RECIPES
+from .report import pick_columns, save_grid, save_results, save_schedules, table, wins_everywhere, write_whole
+from .teacher_set import TeacherSet, check_disjoint
+
+
+TEACHER = Path("examples/teachers/fashion-sd")
+# name: first seed, which wordings of the captions
+SETS = {"train": (0, "train"), "valid": (1_000_000, "train"), "unseen": (2_000_000, "held_out")}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("demo", description=__doc__.split("\n")[0])
+    p.add_argument("--teacher", default=str(TEACHER), help="pipeline folder with a prompts.json (default: %(default)s)")
+    p.add_argument("--nfe", type=int, default=5, help="network evaluations of the schedule (default: %(default)s)")
+    p.add_argument("--solver", choices=sorted(SOLVERS), default="dpmpp", help="of the learned schedule (default: %(default)s)")
+    p.add_argument("--solver_order", type=int, default=2)
+    p.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), default=["default"], help="the first one is the subject")
+    p.add_argument("--num_train", type=int, default=64)
+    p.add_argument("--num_valid", type=int, default=32)
+    p.add_argument("--num_unseen", type=int, default=128, help="pairs to judge on")
+    p.add_argument("--output_dir", default="outputs/demo")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def write_prompts(teacher: Path, folder: Path) -> dict[str, Path]:
+    """One JSON list a split, taking turns through the classes so that any first few prompts show them all."""
+    files = {}
+    for split, classes in json.loads((teacher / "prompts.json").read_text()).items():
+        if not isinstance(classes, dict):
+            continue
+        longest = max(map(len, classes.values()))
+        prompts = [captions[i] for i in range(longest) for captions in classes.values() if i < len(captions)]
+        files[split] = folder / f"prompts-{split}.json"
+        content = json.dumps(prompts, indent=1)
+        write_whole(files[split], lambda file, content=content: file.write_text(content))
+    return files
+
+
+def make_sets(args, guidance_scale: float) -> dict[str, TeacherSet]:
+    folder = Path(args.output_dir)
+    prompts = write_prompts(Path(args.teacher), folder)
+    sizes = {"train": args.num_train, "valid": args.num_valid, "unseen": args.num_unseen}
+    for name, (seed, split) in SETS.items():
+        make_teacher_set.main(
+            ["--teacher", args.teacher, "--output_dir", str(folder / name), "--num_samples", str(sizes[name])]
+            + ["--prompts_file", str(prompts[split]), "--guidance_scale", str(guidance_scale), "--seed", str(seed)]
+            + ["--train_batch_size", "32", "--split", name]
+        )
+    sets = {name: TeacherSet.load(folder / name) for name in SETS}
+    for name in ("train", "valid"):
+        check_disjoint(sets[name], sets["unseen"])
+    return sets
+
+
+def learn(args, recipe: str, guidance_scale: float, output: Path) -> Path:
+    folder = output / recipe
+    if (folder / "scheduler_config.json").is_file():
+        print(f"{folder} has a learned schedule already; using it")
+        return folder
+    sets = Path(args.output_dir)
+    train_ld3.main(
+        ["--teacher", args.teacher, "--teacher_set", str(sets / "train"), "--validation_set", str(sets / "valid")]
+        + ["--nfe", str(args.nfe), "--solver", args.solver, "--solver_order", str(args.solver_order)]
+        + ["--recipe", recipe, "--guidance_scale", str(guidance_scale), "--seed", str(args.seed)]
+        + ["--output_dir", str(folder), "--checkpointing_steps", "25", "--checkpoints_total_limit", "1"]
+        + ["--resume_from_checkpoint", "latest", "--allow_worse"]
+    )
+    return folder
+
+
+def compare(args, folders: dict[str, Path], unseen: TeacherSet, guidance_scale: float, output: Path) -> bool:
+    """Prints and writes everything; whether the first recipe's schedule wins against all stock schedulers."""
+    pipe = DiffusionPipeline.from_pretrained(args.teacher)
+    learned = []
+    for recipe, folder in folders.items():
+        scheduler = LD3Scheduler.from_pretrained(folder)
+        name = f"LD3 {recipe}"
+        learned.append(Contender(name, scheduler, args.nfe, f"{args.solver} {args.solver_order}, learned times"))
+    contenders = [*learned, *stock_contenders(pipe.scheduler.config, args.nfe)]
+    from tqdm.auto import tqdm
+
+    for contender in tqdm(contenders, desc="comparing"):
+        sample(pipe, contender, unseen, guidance_scale=guidance_scale)
+    stock = best_by_name(contenders[len(learned) :])
+    subject, others = learned[0], [*learned[1:], *stock]
+    text = table(subject, others)
+    won = wins_everywhere(subject, stock)
+    verdict = f"{subject.name} is ahead of every stock scheduler beyond the interval: {'yes' if won else 'NO'}"
+    print("\n" + text + "\n\n" + verdict)
+    write_whole(output / "table.md", lambda file: file.write_text(text + "\n\n" + verdict + "\n"))
+    facts = {"nfe": args.nfe, "solver": args.solver, "guidance_scale": guidance_scale, "seed": args.seed, "wins": won}
+    save_results(output / "results.json", subject, others, facts)
+
+    indices = [int(i) for i in unseen.pairs["prompt_index"]]
+    shown = pick_columns(indices, unseen.prompts, 10)
+    target = unseen.batch(shown)[1]
+    rows = {
+        "teacher, 50 evaluations": target,
+        f"best stock, {stock[0].evaluations}\n{stock[0].name}": stock[0].ends[shown],
+        f"learned, {subject.evaluations}": subject.ends[shown],
+    }
+    captions = ["\n".join(unseen.prompts[indices[i]].split(" ", 3)) for i in shown]
+    save_grid(output / "comparison.png", {name: decode(pipe, ends) for name, ends in rows.items()}, captions)
+    save_schedules(output / "schedules.png", [*learned, *[c for c in stock if c.name != "Heun"]])
+    print(f"\nwrote {output}/table.md, results.json, comparison.png and schedules.png")
+    return won
+
+
+def main(argv=None) -> None:
+    command_line = parser()
+    args = command_line.parse_args(argv)
+    diffusers_logging.set_verbosity_error()
+    reference = Path(args.teacher) / "reference" / "reference.json"
+    if not reference.is_file():
+        command_line.error(f"{args.teacher} is not the shipped teacher: it has no reference/reference.json; see --teacher")
+    guidance_scale = float(json.loads(reference.read_text())["guidance_scale"])
+    output = Path(args.output_dir) / f"nfe-{args.nfe}"
+    start = time.perf_counter()
+    try:
+        sets = make_sets(args, guidance_scale)
+        folders = {recipe: learn(args, recipe, guidance_scale, output) for recipe in args.recipes}
+        compare(args, folders, sets["unseen"], guidance_scale, output)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

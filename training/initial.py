@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hand-made schedules: where learning starts, and what a learned one has to beat."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ld3_diffusers.discretization import DISCRETIZATIONS, append_zero, discretization, stock_times
+from ld3_diffusers.noise_path import NoisePath
+from ld3_diffusers.schedule import Schedule, SolverSpec
+
+from .learner import Problem
+
+
+VP_GRIDS = ("logsnr", "time_uniform", "time_quadratic", "polynomial", "edm")
+GRIDS = {
+    "vp_discrete": VP_GRIDS,
+    "vp_linear": VP_GRIDS,
+    "vp_cosine": VP_GRIDS,
+    "ve": ("logsnr", "polynomial"),
+    "flow": ("time_uniform", "time_quadratic", "edm"),
+}
+STOCK = ("stock", "stock_karras", "stock_exponential")
+FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
+BEFORE_ZERO = "_before_zero"  # the named grid ends at t_min and the step to 0 comes after; else 0 stands for its last level
+
+
+def grid_schedule(
+    name: str,
+    path: NoisePath,
+    nfe: int,
+    spec: SolverSpec,
+    prediction_type: str,
+    *,
+    final_sigmas_type: str = "zero",
+    stock_config: dict | None = None,
+) -> Schedule:
+    """The schedule of a named grid for `nfe` evaluations.
+
+    Args:
+        name: a discretization, perhaps followed by "_before_zero"; "stock", "stock_karras", "stock_exponential": what
+            Diffusers makes of `stock_config`, on discrete variance-preserving paths.
+        final_sigmas_type: "zero" ends in clean data, "sigma_min" at `path.t_min`.
+
+    Raises:
+        ValueError: for an unknown name, or a grid that this path, count or solver cannot have.
+    """
+    if final_sigmas_type not in FINAL_SIGMAS_TYPES:
+        raise ValueError(f"unknown final_sigmas_type {final_sigmas_type!r}; use 'zero' or 'sigma_min'")
+    to_zero, solver = final_sigmas_type == "zero", spec.make()
+    rows = nfe + int(spec.afs)
+    steps = solver.num_steps(rows, to_zero)
+    network_times = None
+    if name in STOCK:
+        if stock_config is None or path.kind != "vp_discrete":
+            raise ValueError(f"the grid {name!r} needs a model with betas; use one of {', '.join(GRIDS[path.kind])}")
+        config = {**stock_config, "final_sigmas_type": final_sigmas_type}
+        config.update({key: False for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")})
+        config.update({"use_lu_lambdas": False, **({f"use_{name.removeprefix('stock_')}_sigmas": True} if name != "stock" else {})})
+        times, timesteps = stock_times(config, path, steps)
+        network_times = path.time(timesteps).clamp(path.t_min, path.t_max)
+        # Stock's rounding may repeat or exceed a level; the network is told the levels' own times there.
+        times = torch.cat([times[:-1].clamp(max=path.t_max), times[-1:]])
+    else:
+        times = _named(name, path, steps, to_zero)
+    if solver.stages > 1:
+        times, network_times = solver.expand_to(path, times, rows), None
+    return Schedule(times, network_times, spec, path.kind, prediction_type)
+
+
+def _named(name: str, path: NoisePath, steps: int, to_zero: bool) -> Tensor:
+    base = name.removesuffix(BEFORE_ZERO)
+    if base not in DISCRETIZATIONS:
+        known = ", ".join([*DISCRETIZATIONS, *STOCK])
+        raise ValueError(f"unknown discretization {name!r}; use one of {known}, or the folder of a saved schedule")
+    rho = 3.0 if base == "poly" else None
+    if not to_zero:
+        if name != base:
+            raise ValueError(f"{name!r} ends in clean data; use {base!r}, or final_sigmas_type='zero'")
+        return discretization(base, path, steps, rho=rho)
+    if name != base:
+        if steps < 2:
+            raise ValueError(f"{name!r} needs at least two steps; use {base!r}")
+        return append_zero(discretization(base, path, steps - 1, rho=rho))
+    return append_zero(discretization(base, path, steps, rho=rho)[:-1])
+
+
+def candidates(
+    path: NoisePath,
+    nfe: int,
+    spec: SolverSpec,
+    prediction_type: str,
+    *,
+    final_sigmas_type: str = "zero",
+    stock_config: dict | None = None,
+) -> dict[str, Schedule]:
+    """All hand-made schedules that this path, count and solver can have, by name."""
+    names = list(GRIDS[path.kind])
+    if final_sigmas_type == "zero":
+        names += [name + BEFORE_ZERO for name in names]
+    if stock_config is not None and path.kind == "vp_discrete":
+        names += STOCK
+    found = {}
+    for name in names:
+        try:
+            schedule = grid_schedule(
+                name, path, nfe, spec, prediction_type, final_sigmas_type=final_sigmas_type, stock_config=stock_config
+            )
+            schedule.table(path)
+        except ValueError:
+            continue
+        found[name] = schedule
+    if not found:
+        raise ValueError(
+            f"no hand-made grid fits {spec.solver} with {nfe} evaluations on a {path.kind!r} path; use more evaluations or "
+            "another solver"
+        )
+    return found
+
+
+def grid_search(
+    problem: Problem, schedules: dict[str, Schedule], *, pairs: str = "train", batch_size: int | None = None
+) -> dict[str, float]:
+    """Mean loss of each schedule on the training ("train") or validation ("valid") pairs, best first; not finite ones last."""
+    losses = {
+        name: problem.mean_loss(schedule, getattr(problem, pairs), batch_size) for name, schedule in schedules.items()
+    }
+    order = sorted(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
+    return {name: losses[name] for name in order}
+
+
+def saved_schedule(folder: str | Path, path: NoisePath, nfe: int, spec: SolverSpec, prediction_type: str) -> Schedule:
+    """The schedule for `nfe` evaluations in a saved scheduler's config, with another solver if `spec` says so.
+
+    Raises:
+        ValueError: if there is none, or it belongs to another model family.
+    """
+    file = Path(folder)
+    file = file / "scheduler_config.json" if file.is_dir() else file
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")).get("schedules") or {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(
+            f"cannot read a schedule from {str(folder)!r} ({error}); give a folder with a scheduler_config.json"
+        ) from error
+    if str(nfe) not in entries:
+        raise ValueError(
+            f"{str(folder)!r} has no schedule for {nfe} evaluations, only for {', '.join(entries) or 'none'}; start from a grid"
+        )
+    schedule = Schedule.from_dict(entries[str(nfe)])
+    for name, mine, its in (
+        ("noise path", path.kind, schedule.noise_path),
+        ("prediction type", prediction_type, schedule.prediction_type),
+    ):
+        if mine != its:
+            raise ValueError(f"the schedule in {str(folder)!r} has {name} {its!r}, this model {mine!r}; start from a grid")
+    levels = {solver.make().stages for solver in (spec, schedule.spec)}
+    if len(levels) > 1 or spec.afs != schedule.spec.afs or (levels == {2} and spec.solver != schedule.spec.solver):
+        raise ValueError(f"{spec.solver} cannot start from levels made for {schedule.spec.solver}; start from a grid")
+    return Schedule(schedule.times, schedule.network_times, spec, path.kind, prediction_type, final=schedule.final)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Learning a schedule: parameters -> times -> table -> rollout -> loss.
+
+Minimised is the mean over pairs of $d(\Psi_\xi(x'), \Psi^*(x_T))$ where $\Psi^*$ is the teacher's end point, $\Psi_\xi$ the student's
+with schedule $\xi$, and $x' = x_T$ unless the objective is relaxed (LD3, arXiv:2405.15506: $x'$ within a small ball around
+$x_T$). A rollout is any callable `(schedule, noise, conditioning) -> end`, differentiable in the schedule's times.
+
+Nothing here knows a model. Two recipes: `learner_default` and `learner_published`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ld3_diffusers.noise_path import NoisePath
+from ld3_diffusers.schedule import Schedule
+
+from .checkpoint import Checkpoints
+from .objectives import Objective, l2
+from .recipe import DefaultRecipe, Recipe
+
+
+class Pairs(Protocol):
+    """Starting noises and the teacher's end points; see `teacher_set`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: list[int], device) -> tuple[Tensor, Tensor, dict]: ...
+
+
+@dataclass
+class Problem:
+    """What is learned on, with all that the recipes share: losses, gradients, and their sums over processes.
+
+    Attributes:
+        rollout: `(schedule, noise, conditioning) -> end`.
+        train, valid: pairs.
+        path: noise path of the schedule.
+        objective: `(end, target) -> losses`.
+        accelerator: of Accelerate, or None for one process.
+        device: of the pairs; the accelerator's if there is one.
+    """
+
+    rollout: Callable[[Schedule, Tensor, dict], Tensor]
+    train: Pairs
+    valid: Pairs
+    path: NoisePath
+    objective: Objective = l2
+    accelerator: Any = None
+    device: Any = None
+
+    def __post_init__(self):
+        if self.device is None:
+            self.device = torch.device("cpu") if self.accelerator is None else self.accelerator.device
+        for name, pairs in (("training", self.train), ("validation", self.valid)):
+            if len(pairs) == 0:
+                raise ValueError(f"there are no {name} pairs; make some with training.make_teacher_set")
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    @property
+    def moves_noise(self) -> bool:
+        """Whether the starting noise is the rollout's argument rather than drawn by the pipeline itself."""
+        return getattr(self.rollout, "moves_noise", True)
+
+    def mine(self, positions: int) -> range:
+        """This process's share of a batch: positions rank, rank + processes, ..."""
+        return range(self.rank, positions, self.processes)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes, the same on all of them."""
+        if self.processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").to(values.device)
+
+    def losses(self, schedule: Schedule, noise: Tensor, target: Tensor, conditioning: dict) -> Tensor:
+        return self.objective(self.rollout(schedule, noise, conditioning), target)
+
+    def backward(self, losses: Tensor, target: Tensor) -> float:
+        r"""Accumulates the gradient of `losses.sum()` times the returned factor.
+
+        A mean over many entries has cotangents that float16 flushes to zero, so the sum over entries is what goes
+        backwards. The factor is a power of two: dividing by it is exact.
+        """
+        scale = 2.0 ** round(math.log2(max(target[0].numel(), 1)))
+        (losses.sum() * scale).backward()
+        return scale
+
+    def mean_loss(self, schedule: Schedule, pairs: Pairs, batch_size: int | None = None) -> float:
+        """Mean loss over all pairs from their own noise, without gradients; a `ValueError` if it is not finite."""
+        count = len(pairs)
+        mine = list(self.mine(count))
+        size = max(1, min(batch_size or count, count))
+        total = torch.zeros(1, dtype=torch.float64)
+        with torch.no_grad():
+            for start in range(0, len(mine), size):
+                noise, target, conditioning = pairs.batch(mine[start : start + size], self.device)
+                total += self.losses(schedule, noise, target, conditioning).double().sum().cpu()
+        return float(self.sum(total)) / count
+
+
+@dataclass
+class LearnResult:
+    """What learning returns.
+
+    Attributes:
+        schedule: the best one, with its losses in `provenance`.
+        history: one dict of numbers an iteration.
+        initial_loss, loss: validation loss of the initial and of the returned schedule, on unmoved noise.
+    """
+
+    schedule: Schedule
+    history: list[dict[str, float]] = field(default_factory=list)
+    initial_loss: float = math.nan
+    loss: float = math.nan
+
+
+def learn(
+    rollout: Callable[[Schedule, Tensor, dict], Tensor],
+    train_pairs: Pairs,
+    valid_pairs: Pairs,
+    initial: Schedule,
+    recipe: Recipe | None = None,
+    *,
+    path: NoisePath,
+    objective: Objective = l2,
+    accelerator=None,
+    device=None,
+    seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    checkpointing_steps: int | None = None,
+    checkpoints_total_limit: int | None = None,
+    resume_from_checkpoint: str | Path | None = None,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> LearnResult:
+    """Learn a schedule.
+
+    Args:
+        rollout: `(schedule, noise, conditioning) -> end`.
+        train_pairs, valid_pairs: see [`Pairs`].
+        initial: where the default recipe starts. The published one takes its path ends, its count and its solver from it
+            and starts from its own uniform grid.
+        recipe: [`DefaultRecipe`] or [`PublishedRecipe`].
+        path: noise path of `initial`.
+        objective: see `objectives`.
+        seed: of the order of the pairs.
+        checkpoint_dir: where `checkpoint-<step>` folders go, every `checkpointing_steps` iterations.
+        checkpoints_total_limit: how many of them are kept.
+        resume_from_checkpoint: a checkpoint's folder, or "latest" in `checkpoint_dir`. On the CPU the result is bit for bit
+            that of a run that was never interrupted.
+        callback: called with the number of done iterations and the newest history entry.
+
+    Raises:
+        ValueError: if the losses are not finite, or a checkpoint belongs to another run.
+    """
+    from .learner_default import DefaultLearner
+    from .learner_published import PublishedLearner
+
+    recipe = DefaultRecipe() if recipe is None else recipe
+    problem = Problem(rollout, train_pairs, valid_pairs, path, objective, accelerator, device)
+    checkpoints = Checkpoints(checkpoint_dir, checkpoints_total_limit, problem)
+    identity = _identity(recipe, initial, problem, seed)
+    state = checkpoints.load(resume_from_checkpoint, identity)
+    kind = DefaultLearner if recipe.name == "default" else PublishedLearner
+    learner = kind(problem, recipe, initial, seed)
+    if state is not None:
+        learner.load_state_dict(state["learner"])
+        history, initial_loss = state["history"], state["initial_loss"]
+        checkpoints.restore_random_states(resume_from_checkpoint)
+    else:
+        history, initial_loss = [], problem.mean_loss(learner.best_schedule(), valid_pairs, learner.pass_size)
+        if not math.isfinite(initial_loss):
+            raise ValueError(
+                "the initial schedule's loss is not finite; sample with it to see what fails, try another discretization "
+                "or a lower solver order"
+            )
+        learner.start(initial_loss)
+
+    while not learner.finished:
+        history.append(learner.step())
+        done = len(history)
+        if checkpointing_steps and done % checkpointing_steps == 0:
+            now = {"learner": learner.state_dict(), "history": history, "initial_loss": initial_loss}
+            checkpoints.save(done, {**now, "identity": identity})
+        if callback is not None:
+            callback(done, history[-1])
+
+    schedule = learner.best_schedule().detach()
+    loss = problem.mean_loss(schedule, valid_pairs, learner.pass_size)
+    return LearnResult(replace(schedule, provenance=dict(initial.provenance)), history, initial_loss, loss)
+
+
+def _identity(recipe: Recipe, initial: Schedule, problem: Problem, seed: int) -> dict[str, Any]:
+    """What must not differ between a run and its continuation."""
+    return {
+        "recipe": recipe.name,
+        "settings": repr(recipe),
+        "seed": seed,
+        "solver": repr(initial.spec),
+        "times": initial.times.detach().tolist(),
+        "network_times": initial.network_times.detach().tolist(),
+        "train_pairs": len(problem.train),
+        "valid_pairs": len(problem.valid),
+        "processes": problem.processes,
+    }

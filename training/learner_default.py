@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The default recipe: Adam on softmax gaps and network times, from a good grid, selected on unmoved held-out noise.
+
+Measured against the published recipe on the same pairs: see `tests/benchmarks/compare_recipes.py`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ld3_diffusers.schedule import Schedule
+
+from .learner import Problem
+from .parameters import GapParameters
+from .recipe import DefaultRecipe
+
+
+MOST_SKIPPED = 10  # iterations in a row whose loss or gradient is not finite
+
+
+class DefaultLearner:
+    """One iteration a [`step`]; all that changes is in [`state_dict`]."""
+
+    def __init__(self, problem: Problem, recipe: DefaultRecipe, initial: Schedule, seed: int):
+        self.problem, self.recipe = problem, recipe
+        self.parameters = GapParameters(initial, problem.path, learn=recipe.learn, last_level=recipe.last_level)
+        if not any(p.numel() for p in self.parameters.parameters()):
+            raise ValueError("this schedule has no free times; learn network_times too, or use more evaluations")
+        rates = {"times": recipe.lr_times, "network_times": recipe.lr_network_times}
+        self.optimizer = torch.optim.Adam(
+            [{"params": [value], "lr": rates[name]} for name, value in self.parameters.groups.items()], betas=recipe.betas
+        )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        count = len(problem.train)
+        self.batch_size = min(recipe.batch_size or count, count)
+        self.pass_size = recipe.micro_batch_size or max(1, math.ceil(self.batch_size / problem.processes))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order: list[int] = []
+        self.done = self.skipped = self.worse = 0
+        self.average = self.parameters.state_dict()
+        self.best, self.best_loss = self.parameters.state_dict(), math.inf
+        self.moved: dict[int, Tensor] = {}
+        if recipe.relaxation and not problem.moves_noise:
+            raise ValueError("this pipeline draws its own noise, which cannot be moved; set relaxation=0")
+        self.nfe = initial.nfe
+
+    def start(self, initial_loss: float) -> None:
+        self.best_loss = initial_loss
+
+    @property
+    def finished(self) -> bool:
+        patience = self.recipe.patience
+        return self.done >= self.recipe.max_steps or (patience is not None and self.worse >= patience)
+
+    def best_schedule(self) -> Schedule:
+        return self._schedule_of(self.best)
+
+    def _schedule_of(self, state: dict[str, Tensor]) -> Schedule:
+        current = self.parameters.state_dict()
+        self.parameters.load_state_dict(state)
+        schedule = self.parameters.schedule().detach()
+        self.parameters.load_state_dict(current)
+        return schedule
+
+    def _next_batch(self) -> list[int]:
+        """Indices of training pairs, in a new random order each epoch; an epoch's rest is filled up from the next."""
+        count = len(self.problem.train)
+        if self.batch_size == count:
+            return list(range(count))
+        while len(self.order) < self.batch_size:
+            self.order += torch.randperm(count, generator=self.generator).tolist()
+        batch, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
+        return batch
+
+    def _set_rates(self) -> None:
+        recipe, step = self.recipe, self.done
+        warmup = min(1.0, (step + 1) / recipe.warmup_steps) if recipe.warmup_steps else 1.0
+        cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.max_steps))
+        waiting = len(self.rates) == 2 and step < recipe.times_first * recipe.max_steps
+        for name, group, rate in zip(self.parameters.groups, self.optimizer.param_groups, self.rates):
+            group["lr"] = 0.0 if waiting and name == "network_times" else rate * warmup * cosine
+
+    def step(self) -> dict[str, float]:
+        problem, recipe = self.problem, self.recipe
+        self._set_rates()
+        indices = self._next_batch()
+        for value in self.parameters.parameters():
+            value.grad = torch.zeros_like(value)
+        mine = [indices[position] for position in problem.mine(len(indices))]
+        total, scale = torch.zeros(1, dtype=torch.float64), 1.0
+        for start in range(0, len(mine), self.pass_size):
+            part, scale = self._accumulate(mine[start : start + self.pass_size])
+            total += part
+        if recipe.relaxation:
+            self._share_moved(indices)
+        # One message to the other processes: loss and gradients.
+        packed = torch.cat([total, *[value.grad.flatten() / scale for value in self.parameters.parameters()]])
+        packed = problem.sum(packed) / len(indices)
+        sizes = [1, *[value.numel() for value in self.parameters.parameters()]]
+        loss, *gradients = packed.split(sizes)
+        for value, gradient in zip(self.parameters.parameters(), gradients):
+            value.grad = gradient.view_as(value)
+
+        entry = {"loss": float(loss), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if bool(packed.isfinite().all()):
+            entry["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters.parameters(), recipe.max_grad_norm))
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self.skipped += 1
+            if self.skipped >= MOST_SKIPPED:
+                raise ValueError(
+                    f"the loss or its gradient was not finite {MOST_SKIPPED} times in a row; learn in bfloat16 or float32, or "
+                    "lower the learning rates"
+                )
+        self.done += 1
+        self._average()
+        if self.done % recipe.validation_steps == 0 or self.done == recipe.max_steps:
+            entry["valid_loss"] = self._validate()
+        return entry
+
+    def _accumulate(self, indices: list[int]) -> tuple[float, float]:
+        noise, target, conditioning = self.problem.train.batch(indices, self.problem.device)
+        radius = self.recipe.relaxation * noise[0].numel() / self.nfe**2
+        start = noise
+        if radius:
+            own = [self.moved.get(index) for index in indices]
+            start = torch.stack([x if m is None else m.to(x) for x, m in zip(noise, own)]).requires_grad_()
+        losses = self.problem.losses(self.parameters.schedule(), start, target, conditioning)
+        scale = self.problem.backward(losses, target)
+        if radius:
+            self._move(indices, noise, start, radius)
+        return float(losses.detach().double().sum()), scale
+
+    def _move(self, indices, noise, start, radius) -> None:
+        r"""x' <- projection to the ball of x' - (share of the radius) * gradient / its norm: no rate depends on the loss."""
+        for index, x, moved, gradient in zip(indices, noise, start.detach(), start.grad):
+            if not bool(gradient.isfinite().all()):
+                continue
+            moved = moved - self.recipe.relaxation_lr * radius * gradient / gradient.norm().clamp(min=1e-30)
+            away = moved - x
+            self.moved[index] = x + away * (radius / away.norm().clamp(min=radius))
+
+    def _share_moved(self, indices: list[int]) -> None:
+        """Another process may meet the same pair next: all know all moved noises."""
+        if self.problem.processes == 1:
+            return
+        noise = self.problem.train.batch(indices, self.problem.device)[0]
+        own = torch.zeros_like(noise)
+        for position in self.problem.mine(len(indices)):
+            own[position] = self.moved.get(indices[position], noise[position])
+        self.moved.update(zip(indices, self.problem.sum(own)))
+
+    def _average(self) -> None:
+        decay = self.recipe.averaging
+        if decay is None:
+            return
+        decay = min(decay, self.done / (self.done + 9))  # short memory at the start, where the initial values are far
+        for name, value in self.parameters.state_dict().items():
+            self.average[name] = decay * self.average[name] + (1 - decay) * value
+
+    def _validate(self) -> float:
+        candidate = self.parameters.state_dict() if self.recipe.averaging is None else dict(self.average)
+        loss = self.problem.mean_loss(self._schedule_of(candidate), self.problem.valid, self.pass_size)
+        if loss < self.best_loss:
+            self.best, self.best_loss, self.worse = candidate, loss, 0
+        else:
+            self.worse += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "order": list(self.order),
+            "counters": [self.done, self.skipped, self.worse],
+            "average": self.average,
+            "best": self.best,
+            "best_loss": self.best_loss,
+            "moved": self.moved,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.parameters.load_state_dict(state["parameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.order = list(state["order"])
+        self.done, self.skipped, self.worse = state["counters"]
+        self.average, self.best, self.best_loss = state["average"], state["best"], state["best_loss"]
+        self.moved = dict(state["moved"])

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of `train_ld3`, and the recipe that they add up to."""
+
+import argparse
+
+from ld3_diffusers.solvers import SOLVERS, VARIANTS
+
+from .initial import FINAL_SIGMAS_TYPES
+from .objectives import LOSS_SPACES, LOSSES
+from .parameters import LEARNABLE
+from .recipe import RECIPES, Recipe, make_recipe
+
+
+# Field of a recipe: name on the command line where it differs, type, help. None keeps the recipe's own value.
+RECIPE_ARGUMENTS = {
+    "batch_size": ("train_batch_size", int, "pairs of an iteration, over all processes"),
+    "lr_times": ("learning_rate", float, "of the times"),
+    "lr_network_times": ("learning_rate_network_times", float, "of the network times (published: divided by N)"),
+    "max_grad_norm": (None, float, "gradients are clipped to this norm"),
+    "patience": (None, int, "validations without improvement that are borne"),
+    # default
+    "max_steps": ("max_train_steps", int, "default: iterations"),
+    "learn": (None, str, f"default: what to learn, of {','.join(LEARNABLE)}"),
+    "last_level": (None, str, "default: last level before 0, free or fixed"),
+    "micro_batch_size": (None, int, "default: pairs that go through the network at once"),
+    "warmup_steps": ("lr_warmup_steps", int, "default: iterations in which the rates rise"),
+    "times_first": (None, float, "default: share of the iterations that learn times alone"),
+    "validation_steps": (None, int, "default: iterations between validations"),
+    "averaging": ("ema_decay", float, "default: decay of an average of the parameters"),
+    "relaxation": (None, float, "default: gamma of the ball in which the student's noise may move"),
+    "relaxation_lr": (None, float, "default: step of that noise, as a share of the ball's radius"),
+    # published
+    "mode": (None, str, "published: softmax gaps in lambda or time"),
+    "window": (None, float, "published: share of the smallest gap that network times may move"),
+    "radius": (None, float, "published: gamma of the bound on moved noise; 0: the hard objective"),
+    "fixed_bound": (None, float, "published: that bound itself"),
+    "valid_batch_size": (None, int, "published: validation pairs at once; the first such batch decides at first"),
+    "rounds_v1": (None, int, "published: epochs of times alone"),
+    "rounds_v2": (None, int, "published: epochs of both vectors"),
+    "momentum": (None, float, "published: of RMSprop"),
+    "weight_decay": (None, float, "published: of RMSprop"),
+    "min_lr_times": (None, float, "published: floor of the times' rate"),
+    "min_lr_network_times": (None, float, "published: floor of the network times' rate"),
+    "lr_decay": (None, float, "published: factor of both rates when patience is lost"),
+    "shift_lr": (None, float, "published: rate of the moved noise (default 12/N)"),
+    "shift_lr_decay": (None, float, "published: its factor after a round that moved no validation noise"),
+    "floor_patience": (None, int, "published: how often the network times' rate may be at its floor"),
+}
+RECIPE_FLAGS = {
+    "no_v1": "published: never learn the times",
+    "logit_window_bug": "published: take the window of network times from raw logits (--no-logit_window_bug: from lambda)",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("train_ld3", description="Learn a schedule for a pipeline; see training/README.md.")
+    model = p.add_argument_group("teacher")
+    model.add_argument("--pretrained_model_name_or_path", "--teacher", required=True, help="pipeline folder or Hub id")
+    model.add_argument("--revision", help="branch, tag or commit on the Hub")
+    model.add_argument("--variant", help="variant of the weight files, such as fp16")
+    model.add_argument("--guidance_scale", type=float, help="default: that of the teacher set")
+    model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the pipeline")
+
+    pairs = p.add_argument_group("pairs")
+    pairs.add_argument("--teacher_set", help="folder made by make_teacher_set; default: one is made in the output folder")
+    pairs.add_argument("--validation_set", help="another such folder; default: the end of the teacher set is held out")
+    pairs.add_argument("--num_train", type=int, help="training pairs (default: all that are not held out)")
+    pairs.add_argument("--num_valid", type=int, help="validation pairs (default: the validation set, or a third)")
+    pairs.add_argument("--prompts_file", help="without --teacher_set: its prompts, one a line")
+    pairs.add_argument("--caption_column", help="without --teacher_set: column of a .csv prompts file")
+    pairs.add_argument("--negative_prompt", help="without --teacher_set: for all prompts")
+    pairs.add_argument("--resolution", type=int, help="without --teacher_set: height and width in pixels")
+    pairs.add_argument("--teacher_steps", type=int, default=50, help="without --teacher_set: the teacher's evaluations")
+
+    schedule = p.add_argument_group("schedule")
+    schedule.add_argument("--nfe", type=int, required=True, help="network evaluations, guidance's doubling apart")
+    schedule.add_argument("--solver", choices=sorted(SOLVERS), default="unipc")
+    schedule.add_argument("--solver_order", type=int, help="default: the solver's own")
+    kinds = sorted({kind for kinds in VARIANTS.values() for kind in kinds})
+    schedule.add_argument("--solver_type", choices=kinds, help="default: the solver's own")
+    schedule.add_argument("--predict_x0", action=argparse.BooleanOptionalAction, default=True, help="data or noise form")
+    schedule.add_argument("--lower_order_final", action=argparse.BooleanOptionalAction, default=True)
+    schedule.add_argument("--afs", action="store_true", help="analytical first step, which costs no evaluation")
+    schedule.add_argument(
+        "--final_sigmas_type", choices=FINAL_SIGMAS_TYPES, help="end in clean data (default) or at t_min (published)"
+    )
+    schedule.add_argument(
+        "--discretization",
+        default="best",
+        help="start from this grid, or from the schedule in this folder; best: from the grid best on the training pairs",
+    )
+
+    learning = p.add_argument_group("learning")
+    learning.add_argument("--recipe", choices=sorted(RECIPES), default="default")
+    learning.add_argument("--loss", choices=LOSSES, default="l2")
+    learning.add_argument("--loss_space", choices=LOSS_SPACES, help="default: pixel for lpips and stlpips, else latent")
+    learning.add_argument("--lpips_net", choices=["vgg", "alex"], default="vgg")
+    for field, (name, kind, text) in RECIPE_ARGUMENTS.items():
+        learning.add_argument(f"--{name or field}", dest=f"recipe_{field}", type=kind, help=text)
+    for field, text in RECIPE_FLAGS.items():
+        learning.add_argument(f"--{field}", dest=f"recipe_{field}", action=argparse.BooleanOptionalAction, help=text)
+    learning.add_argument("--seed", type=int, default=0, help="of the order of the pairs, and of a teacher set made here")
+    learning.add_argument("--allow_worse", action="store_true", help="save even what loses to a hand-made grid")
+
+    output = p.add_argument_group("output")
+    output.add_argument("--output_dir", required=True, help="a config there keeps its schedules for other counts")
+    output.add_argument("--resume_from_checkpoint", help="a checkpoint-<step> folder, or latest")
+    output.add_argument("--checkpointing_steps", type=int, default=100, help="iterations between checkpoints")
+    output.add_argument("--checkpoints_total_limit", type=int, help="keep only so many")
+    output.add_argument("--report_to", default="tensorboard", help="a tracker of Accelerate, or none")
+    output.add_argument("--logging_dir", default="logs", help="of the tracker, inside the output folder")
+    return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what can be refused before anything is loaded, and fills in what follows from other arguments.
+
+    Raises:
+        ValueError: for an impossible argument.
+    """
+    for name in ("nfe", "num_train", "num_valid", "resolution", "teacher_steps", "checkpointing_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
+        raise ValueError(f"--checkpoints_total_limit must be at least 1, got {args.checkpoints_total_limit}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {args.seed}")
+    if args.teacher_set is not None:
+        for name in ("prompts_file", "caption_column", "negative_prompt", "resolution"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} is for a teacher set made here, but --teacher_set is given; drop one of them")
+    elif args.validation_set is not None:
+        raise ValueError("--validation_set needs a --teacher_set beside it")
+    if args.final_sigmas_type is None:
+        args.final_sigmas_type = "sigma_min" if args.recipe == "published" else "zero"
+    if args.loss_space is None:
+        args.loss_space = "pixel" if args.loss in ("lpips", "stlpips") else "latent"
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe with the values given; a `ValueError` names an argument that belongs to the other recipe."""
+    fields = [*RECIPE_ARGUMENTS, *RECIPE_FLAGS]
+    given = {field: getattr(args, f"recipe_{field}") for field in fields if getattr(args, f"recipe_{field}") is not None}
+    known = RECIPES[args.recipe].__dataclass_fields__
+    for field in given:
+        if field not in known:
+            name = RECIPE_ARGUMENTS.get(field, (None,))[0] or field
+            other = next(recipe for recipe in RECIPES if recipe != args.recipe)
+            raise ValueError(f"--{name} belongs to the recipe {other!r}; drop it, or use --recipe {other}")
+    return make_recipe(args.recipe, given)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a teacher set: starting noise and where a teacher's long schedule takes it.
+
+    accelerate launch -m training.make_teacher_set --pretrained_model_name_or_path examples/teachers/fashion-sd \\
+        --output_dir fashion-train --num_samples 256 --prompts_file prompts.txt --guidance_scale 3
+
+Sample i starts from seed `--seed` + i, conditioned on prompt i modulo the number of prompts. A run that was stopped
+continues when it is started again with the same arguments, on any number of processes, and ends in the same set. Sets for
+learning and for evaluation must not share seeds; give the second a `--seed` of at least the first's plus `--num_samples`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import datasets
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+import ld3_diffusers
+from ld3_diffusers import LD3Scheduler
+from ld3_diffusers.discretization import DISCRETIZATIONS
+from ld3_diffusers.solvers import SOLVERS
+
+from .arguments import parse, usage_errors
+from .conditioning import ConditioningStore
+from .prompts import read_prompts
+from .rollout import PipelineRollout
+from .teacher import check_teacher_name, load_teacher, teacher_digest
+from .teacher_set import TeacherSetWriter, starting_noise
+
+
+PROMPTS_PER_ENCODING = 16
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, details = __doc__.partition("\n\n")
+    p = argparse.ArgumentParser(
+        "make_teacher_set",
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--pretrained_model_name_or_path", "--teacher", required=True, help="pipeline folder or Hub id")
+    p.add_argument("--revision", help="branch, tag or commit on the Hub")
+    p.add_argument("--variant", help="variant of the weight files, such as fp16")
+    p.add_argument(
+        "--output_dir", required=True, help="folder of the finished set; `<output_dir>.partial` while it is made"
+    )
+    p.add_argument("--num_samples", type=int, default=256, help="pairs to make (default: %(default)s)")
+    p.add_argument(
+        "--num_inference_steps", type=int, default=50, help="network evaluations of the teacher (default: %(default)s)"
+    )
+    p.add_argument("--solver", choices=sorted(SOLVERS), default="unipc", help="of the teacher (default: %(default)s)")
+    p.add_argument("--solver_order", type=int, help="default: the solver's own")
+    p.add_argument(
+        "--discretization",
+        choices=sorted(DISCRETIZATIONS),
+        help="grid of the teacher; default: logsnr, for flow models the pipeline's own",
+    )
+    p.add_argument(
+        "--train_batch_size", "--batch_size", type=int, default=16, help="samples at once (default: %(default)s)"
+    )
+    p.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    p.add_argument("--resolution", type=int, help="height and width in pixels")
+    p.add_argument("--height", type=int, help="pixels; default: the pipeline's")
+    p.add_argument("--width", type=int, help="pixels; default: the pipeline's")
+    p.add_argument("--seed", type=int, default=0, help="seed of the first sample (default: %(default)s)")
+    p.add_argument(
+        "--prompts_file", help="text, one prompt (or class label) a line; .csv or .tsv; .json, also COCO captions"
+    )
+    p.add_argument("--caption_column", help="column of the .csv file")
+    p.add_argument("--max_prompts", type=int, help="use only the first so many prompts")
+    p.add_argument("--negative_prompt", help="for all prompts; default: the pipeline's")
+    p.add_argument("--split", default="train", help="name of this split, recorded (default: %(default)s)")
+    p.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default="no",
+        help="dtype of the teacher (default: float32)",
+    )
+    return p
+
+
+def check(args: argparse.Namespace) -> list[str] | None:
+    """What can be refused before anything is loaded; returns the prompts.
+
+    Raises:
+        ValueError: for an impossible argument.
+    """
+    for name in ("num_samples", "num_inference_steps", "train_batch_size", "height", "width", "resolution"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {args.seed}")
+    if args.resolution is not None:
+        if args.height is not None or args.width is not None:
+            raise ValueError("--resolution gives both height and width; drop it, or --height and --width")
+        args.height = args.width = args.resolution
+    check_teacher_name(args.pretrained_model_name_or_path)
+    existing = Path(args.output_dir).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if existing != Path(args.output_dir).absolute() and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(
+            f"cannot write to {args.output_dir!r}: {str(existing)!r} is not a writable folder; choose another --output_dir"
+        )
+    if args.prompts_file is None:
+        return None
+    return read_prompts(args.prompts_file, caption_column=args.caption_column, max_prompts=args.max_prompts)
+
+
+def teacher_scheduler(args: argparse.Namespace, config) -> LD3Scheduler:
+    """The long schedule: a named grid, or for flow models the pipeline's own with its resolution shift."""
+    options = {"solver": args.solver, "schedules": None}
+    if args.solver_order is not None:
+        options["solver_order"] = args.solver_order
+    scheduler = LD3Scheduler.from_config(config, **options)
+    grid = args.discretization or (None if scheduler.path.kind == "flow" else "logsnr")
+    return scheduler if grid is None else LD3Scheduler.from_config(scheduler.config, discretization=grid)
+
+
+def main(argv=None) -> None:
+    command_line = parser()
+    args = parse(command_line, argv)
+    with usage_errors(command_line):
+        make(args, check(args))
+
+
+def make(args: argparse.Namespace, prompts: list[str] | None) -> None:
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    pipe = load_teacher(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        mixed_precision=args.mixed_precision,
+        device=accelerator.device,
+    )
+    pipe.scheduler = teacher_scheduler(args, pipe.scheduler.config)
+    call = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
+    with PipelineRollout(
+        pipe, guidance_scale=args.guidance_scale, height=args.height, width=args.width, checkpointing=False, **call
+    ) as rollout:
+        writer = TeacherSetWriter(args.output_dir, request(args, prompts, rollout))
+        if writer.finished:
+            accelerator.print(f"{args.output_dir} is finished already: {args.num_samples} pairs")
+            return
+        encode_and_sample(args, prompts, rollout, writer, accelerator)
+
+
+def request(args: argparse.Namespace, prompts: list[str] | None, rollout: PipelineRollout) -> dict:
+    """Everything that decides what the pairs are."""
+    scheduler = rollout.scheduler
+    facts = {key: scheduler.config[key] for key in ("solver", "solver_order", "solver_type", "discretization")}
+    return {
+        "teacher": args.pretrained_model_name_or_path.rstrip("/").split("/")[-1]
+        if Path(args.pretrained_model_name_or_path).is_dir()
+        else args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "variant": args.variant,
+        "pipeline": type(rollout.pipe).__name__,
+        "teacher_digest": teacher_digest(rollout.pipe),
+        "dtype": args.mixed_precision if args.mixed_precision != "no" else "float32",
+        "guidance_scale": rollout.guidance_scale,
+        "height": args.height,
+        "width": args.width,
+        "negative_prompt": args.negative_prompt,
+        "num_inference_steps": args.num_inference_steps,
+        **facts,
+        "noise_path": scheduler.config.noise_path,
+        "prediction_type": scheduler.config.prediction_type,
+        "split": args.split,
+        "base_seed": args.seed,
+        "num_samples": args.num_samples,
+        "shard_size": args.train_batch_size,
+        "prompts_digest": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:32],
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "datasets": datasets.__version__,
+            "ld3_diffusers": ld3_diffusers.__version__,
+        },
+    }
+
+
+@torch.no_grad()
+def encode_and_sample(
+    args, prompts, rollout: PipelineRollout, writer: TeacherSetWriter, accelerator: Accelerator
+) -> None:
+    def encode() -> ConditioningStore:
+        if prompts is None:
+            return ConditioningStore.of([rollout.encode()])
+        # Prompts beyond the samples are never used.
+        used = prompts[: args.num_samples]
+        starts = range(0, len(used), PROMPTS_PER_ENCODING)
+        return ConditioningStore.of([rollout.encode(used[start : start + PROMPTS_PER_ENCODING]) for start in starts])
+
+    failure = None
+    if accelerator.is_main_process:
+        try:
+            writer.begin((prompts or [])[: args.num_samples], encode)
+        except ValueError as error:
+            if accelerator.num_processes == 1:
+                raise
+            failure = str(error)
+    # The other processes must not wait for, or work beside, one that has given up.
+    [failure] = broadcast_object_list([failure])
+    if failure is not None:
+        raise ValueError(failure)
+
+    store = writer.store()
+    num_prompts = min(len(prompts), args.num_samples) if prompts else 1
+    shape = rollout.state_shape(store.select([0], accelerator.device))
+    missing = writer.missing()
+    accelerator.wait_for_everyone()  # nobody writes a shard before all have seen what is missing
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(mine, desc="teacher", unit="batch", disable=not accelerator.is_local_main_process)
+    for shard in progress:
+        indices = writer.indices(shard)
+        seeds = [args.seed + i for i in indices]
+        prompt_indices = [i % num_prompts for i in indices]
+        noise = starting_noise(seeds, shape) if rollout.moves_noise else torch.tensor(seeds)
+        end = rollout(args.num_inference_steps, noise, store.select(prompt_indices, accelerator.device))
+        writer.write(shard, noise if rollout.moves_noise else None, end, prompt_indices)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finished = writer.finish(shape)
+        accelerator.print(
+            f"{args.output_dir}: {len(finished)} pairs, seeds {finished.seeds.start} to {finished.seeds.stop - 1}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one looks at after a comparison: a table, sample pictures, a plot of the schedules. Every file is written whole."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ld3_diffusers import LD3Scheduler
+
+from .comparison import Contender, paired_interval
+
+
+def table(learned: Contender, others: list[Contender]) -> str:
+    """Markdown: distance to the teacher of each, and by how much it exceeds that of `learned`, with a paired 95 % interval."""
+    lines = [
+        f"Mean squared distance to the teacher's end point, {len(learned.distances)} unseen samples (x 1e-3)",
+        "",
+        "| scheduler | setting | evaluations | distance | more than learned, 95 % interval | ratio |",
+        "|---|---|---|---|---|---|",
+        f"| **{learned.name}** | {learned.setting} | {learned.evaluations} | **{1e3 * learned.mean:.3f}** | | 1.00 |",
+    ]
+    for other in others:
+        mean, low, high = paired_interval(other.distances, learned.distances)
+        lines.append(
+            f"| {other.name} | {other.setting} | {other.evaluations} | {1e3 * other.mean:.3f} "
+            f"| {1e3 * mean:+.3f} [{1e3 * low:+.3f}, {1e3 * high:+.3f}] | {other.mean / learned.mean:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def wins_everywhere(learned: Contender, others: list[Contender]) -> bool:
+    """Whether every other one is farther from the teacher, beyond the paired 95 % interval."""
+    return all(paired_interval(other.distances, learned.distances)[1] > 0 for other in others)
+
+
+def write_whole(path: Path, write) -> None:
+    """Call `write` with a temporary path beside `path`, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_results(path: Path, learned: Contender, others: list[Contender], facts: dict) -> None:
+    """The numbers behind the table as JSON."""
+    rows = [
+        {
+            "scheduler": c.name,
+            "setting": c.setting,
+            "evaluations": c.evaluations,
+            "distance": c.mean,
+            "difference": paired_interval(c.distances, learned.distances) if c is not learned else None,
+        }
+        for c in [learned, *others]
+    ]
+    content = json.dumps({**facts, "samples": len(learned.distances), "rows": rows}, indent=2) + "\n"
+    write_whole(path, lambda file: file.write_text(content))
+
+
+def save_grid(path: Path, rows: dict[str, Tensor], columns: list[str]) -> None:
+    """One row of pictures for each entry of `rows`, (n, 3, height, width) in [-1, 1]; `columns` are their captions."""
+    from matplotlib.figure import Figure
+
+    count = len(columns)
+    figure = Figure(figsize=(1.15 * count + 1.2, 1.25 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items()):
+        for axis, image in zip(line, images):
+            axis.imshow(((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, caption in zip(axes[0], columns):
+        axis.set_title(caption, fontsize=7)
+    write_whole(path, lambda file: figure.savefig(file, dpi=120))
+
+
+def save_schedules(path: Path, contenders: list[Contender]) -> None:
+    """Noise level and network time at every evaluation; of two-stage stock schedulers only the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    levels, offsets = figure.subplots(1, 2)
+    for k, contender in enumerate(contenders):
+        scheduler = contender.scheduler
+        scheduler.set_timesteps(contender.num_inference_steps)
+        learned = isinstance(scheduler, LD3Scheduler)
+        sigmas = scheduler.sigmas.detach().double()
+        style = {"color": f"C{k}", "lw": 2.4 if learned else 1.0, "marker": "o", "ms": 4, "label": contender.name}
+        positive = sigmas[sigmas > 0]
+        levels.plot(range(len(positive)), positive, **style)
+        if learned:
+            own = scheduler.path.timestep(scheduler.path.inverse_sigma_edm(sigmas[: len(scheduler.timesteps)]))
+            offsets.plot(range(len(own)), scheduler.timesteps.detach().double() - own, **style)
+    levels.set(yscale="log", xlabel="evaluation", ylabel="noise level sigma / alpha", title="where the solver stands")
+    offsets.set(xlabel="evaluation", ylabel="timestep told - timestep of the level", title="what the network is told")
+    offsets.axhline(0, color="0.6", lw=0.8)
+    levels.legend(fontsize=7)
+    write_whole(path, lambda file: figure.savefig(file, dpi=120))
+
+
+def pick_columns(prompt_indices: list[int], prompts: list[str], count: int) -> list[int]:
+    """Samples to show: the first of each of `count` different prompts, evenly over the prompts that occur."""
+    first: dict[int, int] = {}
+    for sample, prompt in enumerate(prompt_indices):
+        first.setdefault(prompt, sample)
+    chosen = list(first.values())
+    positions = torch.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().long().tolist()
+    return [chosen[p] for p in positions]

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A Diffusers pipeline as a differentiable student.
+
+A pipeline's `__call__` is wrapped in `torch.no_grad` by a decorator that keeps `__wrapped__`. Called unwrapped, with a
+scheduler whose timesteps and step coefficients carry gradients, the pipeline *is* the student: casts, guidance, shapes and
+extra networks are those that it will sample with, for every model family alike.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ld3_diffusers import LD3Scheduler, Schedule
+
+from .conditioning import Conditioning, batch_size, expanded, named_embeddings
+from .decoding import decode
+from .denoisers import Calls, Evaluations, denoisers, instrumented, replaced
+
+
+OWN_ARGUMENTS = (
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+    "latents",
+    "generator",
+    "output_type",
+    "return_dict",
+    "eta",
+)
+PROMPTS = ("prompt", "class_labels")  # what a pipeline is conditioned on, if anything
+
+
+class _EndReached(Exception):
+    """The sampler has taken its last step; the rest of the pipeline (decoding, numpy) is not wanted."""
+
+
+class PipelineRollout:
+    r"""Noise in, end state out, through the pipeline itself.
+
+    Weights are frozen, networks in inference mode and the pipeline's scheduler an [`LD3Scheduler`] until [`close`], which the
+    `with` statement calls; everything else is put back after each call. The end state is what the scheduler's last `step`
+    returns, so that pipelines which end in numpy serve too. With `checkpointing`, what is kept for the backward pass is the
+    states only: activations are recomputed, one more forward evaluation for each.
+
+    Args:
+        pipe: any text-to-image, text-to-video, class-conditional or unconditional pipeline with one sampling loop.
+        guidance_scale, height, width: of the call; None: the pipeline's defaults.
+        checkpointing: recompute each network call in the backward pass.
+        call_kwargs: further arguments of the pipeline's `__call__`, such as `true_cfg_scale`, a ControlNet's `image`, or
+            `prompt` and `negative_prompt` as defaults of [`encode`].
+
+    Attributes:
+        scheduler: the [`LD3Scheduler`] in use.
+        evaluations: counters `forward`, `recomputed` and `backward`; see [`Evaluations`].
+        moves_noise: whether the starting noise is a tensor; else the pipeline draws its own and `noise` is a LongTensor of seeds.
+
+    Raises:
+        ValueError: for pipelines that start from an image, that cannot be differentiated, or arguments they do not have.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        *,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        checkpointing: bool = True,
+        **call_kwargs,
+    ):
+        kind = type(pipe).__name__
+        self.pipe = pipe
+        self._function = getattr(type(pipe).__call__, "__wrapped__", None)
+        if self._function is None:
+            raise ValueError(
+                f"{kind}.__call__ keeps no `__wrapped__` function under its torch.no_grad; put `@torch.no_grad()` on it, and no "
+                "other decorator, to learn through it"
+            )
+        self.parameters = inspect.signature(self._function).parameters
+        if "strength" in self.parameters or call_kwargs.get("denoising_end") or call_kwargs.get("denoising_start"):
+            raise ValueError(
+                f"{kind} does not sample from pure noise to data here; learn with the text-to-image pipeline of the family, "
+                "without strength, denoising_start or denoising_end: its schedules serve the others by truncation"
+            )
+        chosen = {"guidance_scale": guidance_scale, "height": height, "width": width}
+        arguments = {**call_kwargs, **{key: value for key, value in chosen.items() if value is not None}}
+        for name in arguments:
+            if name in OWN_ARGUMENTS:
+                raise ValueError(f"{name} is set by the rollout; pass noise and a schedule to the call instead")
+            if name not in self.parameters:
+                raise ValueError(f"{kind}.__call__ has no argument {name!r}; drop it")
+        self._prompts = {key: arguments.pop(key, None) for key in (*PROMPTS, "negative_prompt")}
+        self._embeddings = {
+            key: arguments.pop(key) for key in list(arguments) if key.endswith("_embeds") or key.endswith("_mask")
+        }
+        self.call_kwargs = arguments
+        self.checkpointing = checkpointing
+        self.evaluations = Evaluations()
+        self.moves_noise = "latents" in self.parameters
+        if not self.moves_noise and "generator" not in self.parameters:
+            raise ValueError(
+                f"{kind} takes neither latents nor a generator, so its starting noise cannot be chosen; use another"
+            )
+        self._prompt_name = next((name for name in PROMPTS if name in self.parameters), None)
+        for name, network in denoisers(pipe).items():
+            if getattr(network, "is_cache_enabled", False):
+                raise ValueError(
+                    f"feature caching skips evaluations and gradients; call pipe.{name}.disable_cache() first"
+                )
+
+        self._stock_scheduler = pipe.scheduler
+        # A scheduler of our own even where there was an LD3Scheduler: its schedules answer for some step counts only.
+        pipe.scheduler = self.scheduler = LD3Scheduler.from_config(pipe.scheduler.config, schedules=None)
+        modules = [component for component in pipe.components.values() if isinstance(component, nn.Module)]
+        self._training = [(part, part.training) for module in modules for part in module.modules()]
+        self._frozen = [p for module in modules for p in module.parameters() if p.requires_grad]
+        for module in modules:
+            module.eval()
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        self._start: tuple[tuple[int, ...], torch.dtype] | None = None
+
+    def close(self) -> None:
+        """Give the pipeline back as it came."""
+        self.pipe.scheduler = self._stock_scheduler
+        for module, training in self._training:
+            module.training = training
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._training, self._frozen = [], []
+
+    def __enter__(self) -> "PipelineRollout":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self.close()
+
+    @property
+    def path(self):
+        """The noise path of the model."""
+        return self.scheduler.path
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe._execution_device
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """As it will act: what was given, else the pipeline's default; None for pipelines without."""
+        parameter = self.parameters.get("guidance_scale")
+        default = None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+        return self.call_kwargs.get("guidance_scale", default)
+
+    # ------------------------------------------------------------------ running the pipeline
+
+    def _run(self, nfe: int, arguments: dict[str, Any], on_step: Callable | None = None) -> None:
+        """Call the pipeline unwrapped, quietly; `on_step(state, result)` ends the run by raising [`_EndReached`]."""
+        pipe, arguments = (
+            self.pipe,
+            {**self.call_kwargs, **arguments, "num_inference_steps": nfe, "output_type": "latent"},
+        )
+        # An omitted negative prompt may default to "", which counts as a prompt given twice beside its embeddings.
+        for name in ("prompt", "negative_prompt"):
+            if name in self.parameters and name not in arguments:
+                arguments[name] = None
+        arguments = {name: value for name, value in arguments.items() if name in self.parameters}
+        with ExitStack() as stack:
+            stack.enter_context(replaced(pipe, "_progress_bar_config", {"disable": True}))
+            if on_step is not None:
+                stack.enter_context(replaced(self.scheduler, "step", _observed(self.scheduler.step, on_step)))
+            try:
+                self._function(pipe, **arguments)
+            except _EndReached:
+                pass
+
+    def __call__(self, schedule: Schedule | int, noise: Tensor, conditioning: Conditioning | None = None) -> Tensor:
+        """The end state, (batch, ...), in the pipeline's dtype.
+
+        Differentiable in `schedule.times`, `schedule.network_times` and `noise` where gradients are enabled.
+
+        Args:
+            schedule: the schedule to follow, or a number of evaluations on the scheduler's own unlearned grid.
+            noise: (batch, ...) unit-normal; the pipeline scales it. Without `moves_noise`: (batch,) LongTensor of seeds.
+            conditioning: from [`encode`]; single rows serve the whole batch.
+
+        Raises:
+            ValueError: if the pipeline takes another number of steps, or never calls its network.
+        """
+        batch = len(noise)
+        conditioning = self._embeddings if conditioning is None else conditioning
+        arguments = self._arguments(conditioning, batch)
+        if self.moves_noise:
+            _, dtype = self._starting_state(conditioning)
+            arguments["latents"] = noise.to(self.device, dtype)
+        else:
+            if noise.ndim != 1 or noise.is_floating_point():
+                raise ValueError(
+                    f"{type(self.pipe).__name__} draws its own noise; pass a LongTensor with one seed a sample"
+                )
+            arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in noise]
+        nfe = self._use(schedule)
+
+        calls = Calls(self.evaluations, batch)
+        results: list[Tensor] = []
+        taken = 0
+
+        def on_step(_state: Tensor, result: Tensor) -> None:
+            nonlocal taken
+            taken += 1
+            if taken == nfe:
+                results.append(result)
+                raise _EndReached
+
+        with instrumented(self.pipe, calls, self.checkpointing):
+            self._run(nfe, arguments, on_step)
+        if not results:
+            raise ValueError(
+                f"{type(self.pipe).__name__} took {taken} steps of {nfe}; it does not follow its scheduler's timesteps"
+            )
+        if not calls.forward:
+            raise ValueError(
+                "the pipeline's networks were never called through `forward`; load it without torch.compile"
+            )
+        calls.finish(nfe)
+        # DiT carries guidance's doubled batch through its scheduler; the halves are equal.
+        return results[0][:batch]
+
+    def _use(self, schedule: Schedule | int) -> int:
+        learned = None if isinstance(schedule, int) else schedule
+        nfe = schedule if learned is None else learned.nfe
+        self.scheduler.use_schedule(learned)
+        if not self.scheduler.config.use_dynamic_shifting:
+            # Some pipelines scale their starting noise before they set the timesteps.
+            self.scheduler.set_timesteps(nfe, device=self.device)
+        return nfe
+
+    def _arguments(self, conditioning: Conditioning, batch: int) -> dict[str, Any]:
+        arguments = dict(expanded(conditioning, batch, self.device))
+        if "class_labels" in arguments:
+            arguments["class_labels"] = arguments["class_labels"].tolist()
+        if "batch_size" in self.parameters:
+            arguments["batch_size"] = batch
+        return arguments
+
+    # ------------------------------------------------------------------ conditioning and noise
+
+    def encode(self, prompts: list | None = None, negative_prompts: list[str] | str | None = None) -> Conditioning:
+        """Conditioning of a batch, each prompt encoded once.
+
+        The pipeline encodes as it does when it samples: it is run up to its first network call, and what its
+        `encode_prompt` returned is kept. Pipelines that cannot be handed embeddings get the prompts themselves.
+
+        Args:
+            prompts: text, or for class-conditional pipelines labels, as numbers or names; None: those given to the rollout.
+            negative_prompts: one for all or one each; None: as given to the rollout, else the pipeline's default.
+
+        Returns:
+            Keyword arguments of the pipeline's `__call__`; {} for unconditional pipelines.
+
+        Raises:
+            ValueError: if the pipeline is not conditioned on prompts, or needs some and has none.
+        """
+        if prompts is None:
+            if self._embeddings:
+                return dict(self._embeddings)
+            prompts = self._prompts["prompt"] if self._prompts["prompt"] is not None else self._prompts["class_labels"]
+        kind = type(self.pipe).__name__
+        if self._prompt_name is None:
+            if prompts is not None:
+                raise ValueError(f"{kind} is unconditional; drop the prompts")
+            return {}
+        if prompts is None:
+            raise ValueError(f"{kind} needs prompts or labels; pass a list")
+        prompts = [prompts] if isinstance(prompts, (str, int)) else list(prompts)
+        if self._prompt_name == "class_labels":
+            return {"class_labels": torch.tensor([self._label(label) for label in prompts])}
+
+        arguments: dict[str, Any] = {"prompt": prompts}
+        negative = self._prompts["negative_prompt"] if negative_prompts is None else negative_prompts
+        if negative is not None:
+            if "negative_prompt" not in self.parameters:
+                raise ValueError(f"{kind} takes no negative prompt; drop it")
+            arguments["negative_prompt"] = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        captured: list = []
+        original = getattr(self.pipe, "encode_prompt", None)
+        if original is None:
+            return arguments
+
+        def capture(*args, **kwargs):
+            captured.append(original(*args, **kwargs))
+            return captured[-1]
+
+        def stop(*_args, **_kwargs):
+            raise _EndReached
+
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(replaced(self.pipe, "encode_prompt", capture))
+            for module in denoisers(self.pipe).values():
+                stack.enter_context(replaced(module, "forward", stop))
+            self.scheduler.use_schedule(None)
+            self._run(2, arguments)
+        return named_embeddings(getattr(type(self.pipe), "encode_prompt"), captured, self.parameters) or arguments
+
+    def _label(self, label) -> int:
+        if isinstance(label, int) or str(label).strip().isdecimal():
+            return int(label)
+        names = getattr(self.pipe, "labels", None) or {}
+        if label not in names:
+            raise ValueError(f"{label!r} is neither a class number nor a label of this pipeline; use numbers")
+        return names[label]
+
+    def _starting_state(self, conditioning: Conditioning) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape, without the batch, and dtype of the state in which the pipeline starts; found by one step of a real run."""
+        if self._start is None:
+            batch = batch_size(conditioning) or 1
+            arguments = self._arguments(conditioning, batch)
+            if "generator" in self.parameters:
+                arguments["generator"] = [torch.Generator().manual_seed(0) for _ in range(batch)]
+
+            def on_step(state: Tensor, _result: Tensor) -> None:
+                self._start = tuple(state.shape[1:]), state.dtype
+                raise _EndReached
+
+            self.scheduler.use_schedule(None)
+            with torch.no_grad():
+                self._run(2, arguments, on_step)
+            if self._start is None:
+                raise ValueError(
+                    f"{type(self.pipe).__name__} never called its scheduler's step; it cannot follow a schedule"
+                )
+        return self._start
+
+    def state_shape(self, conditioning: Conditioning | None = None) -> tuple[int, ...]:
+        """Shape of one sample's state, and with `moves_noise` of its starting noise, as the pipeline takes it for `latents`."""
+        return self._starting_state(self._embeddings if conditioning is None else conditioning)[0]
+
+    # ------------------------------------------------------------------ results
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels in about [-1, 1], differentiable; see [`decode`]."""
+        return decode(self.pipe, latents, height=self.call_kwargs.get("height"), width=self.call_kwargs.get("width"))
+
+    def check_gradients(self, schedule: Schedule, noise: Tensor, conditioning: Conditioning | None = None) -> None:
+        """One backward pass of a random linear function of the end state.
+
+        Raises:
+            ValueError: naming every inner level and every network time but the first whose gradient is absent, zero or not
+                finite, and where it is usually lost.
+        """
+        times = schedule.times.detach().clone().requires_grad_()
+        network_times = schedule.network_times.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            end = self(replace(schedule, times=times, network_times=network_times), noise, conditioning)
+            generator = torch.Generator().manual_seed(0)
+            cotangent = torch.randn(end.shape, generator=generator, dtype=torch.float32).to(end.device)
+            loss = (end.float() * cotangent).sum()
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(loss, [times, network_times], allow_unused=True)
+            else:
+                gradients = (None, None)
+        lost = []
+        # The last level ends the path and the first is where noise starts: neither is free.
+        for name, values, gradient, free in (
+            ("times", times, gradients[0], range(1, len(times) - 1)),
+            ("network_times", network_times, gradients[1], range(1, len(network_times))),
+        ):
+            for i in free:
+                # Repeated entries, of a two-stage solver, are one free time.
+                total = None if gradient is None else gradient[values.detach() == values.detach()[i]]
+                if total is None or not bool(torch.isfinite(total).all()) or not bool((total != 0).any()):
+                    lost.append(f"{name}[{i}]")
+        if lost:
+            raise ValueError(
+                f"no gradient reaches {', '.join(lost)}; {type(self.pipe).__name__} or its network cuts the graph: look for "
+                "t.item(), .detach() or an integer cast of the timestep, feature caching, sequential offload or quantised "
+                "kernels, or learn these times with a gradient-free optimiser"
+            )
+
+
+def _observed(step: Callable, on_step: Callable) -> Callable:
+    """`step` with `on_step(state before, state after)` called after it."""
+    signature = inspect.signature(step)
+
+    def observed(*args, **kwargs):
+        result = step(*args, **kwargs)
+        on_step(signature.bind(*args, **kwargs).arguments["sample"], result[0])
+        return result
+
+    observed.__signature__ = signature  # pipelines ask it for eta and generator
+    return observed

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a teacher pipeline and telling one teacher from another."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from .denoisers import companions, denoisers
+
+
+SAMPLED_ELEMENTS = 1024  # of each weight that the digest reads
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_teacher(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    mixed_precision: str | None = "no",
+    device="cpu",
+) -> DiffusionPipeline:
+    """A pipeline from a folder or the Hub, in the dtype of `mixed_precision`, on `device`.
+
+    Raises:
+        ValueError: if there is no such pipeline, or it cannot be fetched or read, saying which.
+    """
+    check_teacher_name(name_or_path)
+    dtype = DTYPES[mixed_precision or "no"]
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name_or_path, revision=revision, variant=variant, torch_dtype=dtype)
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        place = "the folder" if Path(name_or_path).is_dir() else "the Hub (there is no such local folder)"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load the teacher {name_or_path!r} from {place}: {reason}") from error
+    return pipe.to(device)
+
+
+def check_teacher_name(name_or_path: str) -> None:
+    """Raises a `ValueError` unless this is a pipeline folder or has the form of a Hub id."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ValueError(
+                f"the folder {name_or_path!r} holds no pipeline (no model_index.json); give a saved pipeline's folder"
+            )
+    elif not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name_or_path):
+        raise ValueError(
+            f"the teacher {name_or_path!r} is neither an existing folder nor a Hub id of the form owner/name; check the path"
+        )
+
+
+@torch.no_grad()
+def teacher_digest(pipe) -> str:
+    """Hexadecimal digest of a pipeline's denoisers (and ControlNet): names, shapes, dtypes and evenly spaced weights.
+
+    Any training or adapter changes it. It identifies a teacher; it does not protect against one made to collide.
+    """
+    digest = hashlib.sha256()
+    for component, module in sorted({**denoisers(pipe), **companions(pipe)}.items()):
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{component}.{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // SAMPLED_ELEMENTS)][:SAMPLED_ELEMENTS].contiguous().cpu()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
