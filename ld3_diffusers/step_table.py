@@ -10,7 +10,6 @@ rectified flow, velocity. Following LD3 (Tong et al., arXiv:2405.15506) alpha an
 network's time $\tau_i$, while a and c know the levels' times only.
 """
 
-
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +78,9 @@ def check_times(times: Tensor, network_times: Tensor, path: NoisePath) -> None:
     """Raises a `ValueError` that names the entry unless levels never rise, steps fall and everything is on the path."""
     counts = [len(values) if values.ndim else 0 for values in (times, network_times)]
     if counts[0] < 2 or counts[1] != counts[0] - 1:
-        raise ValueError(f"a schedule of N evaluations needs N + 1 times and N network times, got {counts[0]} and {counts[1]}")
+        raise ValueError(
+            f"a schedule of N evaluations needs N + 1 times and N network times, got {counts[0]} and {counts[1]}"
+        )
     for name, values in (("times", times), ("network_times", network_times)):
         flat = values.detach().reshape(len(values), -1)
         before = torch.cat([flat[:1], flat[:-1]])
@@ -170,7 +171,9 @@ def _starting_scale(levels: Levels, path: NoisePath, starting_scale: str | None)
 
 def _fold_first_step(table: StepTable, levels: Levels, path: NoisePath) -> StepTable:
     if path.kind == "flow":
-        raise ValueError("an analytical first step needs a path with noise at its start only; set afs=False for flow models")
+        raise ValueError(
+            "an analytical first step needs a path with noise at its start only; set afs=False for flow models"
+        )
     if len(table) < 2:
         raise ValueError("an analytical first step leaves no evaluation here; use at least two steps or set afs=False")
     alpha, sigma = levels.alpha[0], levels.sigma[0]
@@ -211,7 +214,9 @@ def sum_rule_error(table: StepTable, path: NoisePath) -> float:
     alpha, sigma = levels.alpha, levels.sigma
     total = table.history.detach().sum(1)
     if table.first_prediction is not None:
-        raise ValueError("the sum rules hold for the table before its first step was folded in; build it with afs=False")
+        raise ValueError(
+            "the sum rules hold for the table before its first step was folded in; build it with afs=False"
+        )
     if table.form == "velocity":
         errors = torch.stack([table.state.detach() - 1, total - levels.z.diff()])
     else:
@@ -317,10 +322,18 @@ class Executor:
             result = torch.addmv(flat, self.ring_t, self.rows[i], beta=self.state[i])
         return result.view(x.shape)
 
-    def _allocate(self, flat):
-        self.ring = torch.zeros(self.width, flat.numel(), dtype=flat.dtype, device=flat.device)
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.ring is not None:  # a pickle does not keep that these share memory
+            self._view_ring()
+
+    def _view_ring(self):
         self.ring_t = self.ring.t()
         self.slots = list(self.ring)
+
+    def _allocate(self, flat):
+        self.ring = torch.zeros(self.width, flat.numel(), dtype=flat.dtype, device=flat.device)
+        self._view_ring()
         weights = self.weights.to(device=flat.device, dtype=flat.dtype)
         self.rows = list(weights)
         self.single = self.weights[:, 0].tolist()
@@ -334,5 +347,3 @@ def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
         return coefficient
     coefficient = coefficient.to(x.device, x.dtype)
     return coefficient if coefficient.ndim == x.ndim else coefficient.reshape(-1, *[1] * (x.ndim - 1))
-
-

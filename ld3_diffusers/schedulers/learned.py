@@ -4,8 +4,6 @@
 import json
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from ..noise_path import NoisePath
 from ..schedule import Schedule, check_checksum, interpolate
 from .stock_config import BETA_KEYS
@@ -88,7 +86,7 @@ def check_model(config, of_pipeline) -> None:
             )
 
 
-def check_provenance(schedules: dict[int, Schedule], pipe: DiffusionPipeline) -> None:
+def check_provenance(schedules: dict[int, Schedule], pipe) -> None:
     """Raises a `ValueError` that names in what the pipeline's network differs from the one a schedule was learned with."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if denoiser is None:

@@ -12,14 +12,7 @@ from ..noise_path import float64
 from ..schedule import Schedule, SolverSpec
 from ..step_table import Executor, StepTable, conversion
 from .learned import check_model, check_provenance, describe, learned_schedule, plain_json, read_schedules
-from .stock_config import (
-    check_numbers,
-    logit_shift,
-    make_noise_path,
-    refuse_grid_flags,
-    stock_overrides,
-    unreadable_as_value_error,
-)
+from .stock_config import logit_shift, make_noise_path, refuse_grid_flags, stock_overrides, unreadable_as_value_error
 from .thresholding import check_bounds_data, make_threshold
 from .unlearned import refuse_custom_grids, requested, unlearned_schedule
 
@@ -114,7 +107,6 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         sigma_max: float | None = None,
         sigma_data: float | None = None,
     ):
-        check_numbers(self.config)
         self.path = make_noise_path(self.config)
         if prediction_type not in self.path.prediction_types:
             self.path.data_prediction(prediction_type, float64(self.path.t_min))

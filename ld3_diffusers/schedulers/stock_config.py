@@ -15,7 +15,7 @@ from typing import Any
 from diffusers.utils import logging
 
 from ..noise_path import VE, NoisePath, RectifiedFlow, VPCosine, VPDiscrete, VPLinear, alphas_cumprod_from_config
-from ..solvers import ORDERS, SOLVERS, VARIANTS
+from ..solvers import SOLVERS
 
 
 logger = logging.get_logger(__name__)
@@ -112,16 +112,12 @@ def _noise_path_facts(config):
 
 
 def _solver_preferences(config, explicit):
-    """Options inherited from a stock solver that mean nothing to ours go back to our defaults."""
+    """Bounds on the data prediction, inherited for a solver that does not extrapolate it, are dropped."""
     solver = explicit.get("solver", config.get("solver", "unipc"))
     if solver not in SOLVERS:
         return {}
     overrides = {}
     used_defaults = config.get("_use_default_values", ())
-    if "solver_order" in config and config["solver_order"] not in ORDERS[solver]:
-        overrides["solver_order"] = 2
-    if config.get("solver_type") not in VARIANTS.get(solver, ()):
-        overrides["solver_type"] = None
     if solver not in ("ddim", "dpmpp", "unipc"):
         ignored = [key for key in ("clip_sample", "thresholding") if config.get(key) and key not in used_defaults]
         if ignored:
@@ -149,7 +145,7 @@ NUMBERS = (
 )
 
 
-def check_numbers(config) -> None:
+def _check_numbers(config) -> None:
     """Raises a `ValueError` if an option that must be a number is none, or is NaN or infinite, which JSON would carry along."""
     for key in NUMBERS:
         value = config[key]
@@ -200,8 +196,9 @@ def make_noise_path(config) -> NoisePath:
     """The noise path that an `LD3Scheduler` config describes.
 
     Raises:
-        ValueError: for an unknown `noise_path` or impossible betas or sigmas.
+        ValueError: for an unknown `noise_path`, impossible betas or sigmas, or what should be a number and is none.
     """
+    _check_numbers(config)
     kind = config["noise_path"]
     if kind == "vp_discrete":
         return VPDiscrete(0.5 * alphas_cumprod_from_config(config).double().log())

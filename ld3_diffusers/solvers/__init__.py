@@ -38,11 +38,15 @@ def make_solver(name: str, **options) -> Solver:
     order = options.get("order")
     if order is not None:
         if type(order) is not int or order not in ORDERS[name]:
-            raise ValueError(f"{name} has no order {order!r}; use solver_order = {' or '.join(map(str, ORDERS[name]))}")
+            raise ValueError(
+                f"{name} has no order {order!r}; use solver_order = {' or '.join(map(str, ORDERS[name]))}"
+            )
     variant = options.get("variant")
     if variant is not None and variant not in VARIANTS[name]:
         raise ValueError(f"{name} has no solver_type {variant!r}; use one of {', '.join(VARIANTS[name])}")
     return SOLVERS[name](**options)
 
 
-__all__ = ["ORDERS", "SOLVERS", "VARIANTS", "Row", "Solver", "make_solver"] + [cls.__name__ for cls in SOLVERS.values()]
+__all__ = ["ORDERS", "SOLVERS", "VARIANTS", "Row", "Solver", "make_solver"] + [
+    cls.__name__ for cls in SOLVERS.values()
+]

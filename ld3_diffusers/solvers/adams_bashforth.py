@@ -33,7 +33,9 @@ def adams_bashforth_weights(z, i, order):
     r"""Exact variable-step weights: $\sum_j c_j u_j^k = 1/(k+1)$, $u_j = (z_{i-j}-z_i)/(z_{i+1}-z_i)$, k = 0..order-1."""
     h = z[i + 1] - z[i]
     nodes = [(z[i - j] - z[i]) / h for j in range(order)]
-    return solve([[u**k for u in nodes] for k in range(order)], [torch.full_like(h, 1 / (k + 1)) for k in range(order)])
+    return solve(
+        [[u**k for u in nodes] for k in range(order)], [torch.full_like(h, 1 / (k + 1)) for k in range(order)]
+    )
 
 
 @dataclass(frozen=True)

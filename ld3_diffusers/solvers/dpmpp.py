@@ -37,7 +37,9 @@ class DPMSolverMultistep(Solver):
         if self.predict_x0:
             return "data"
         if path.kind == "flow":
-            raise ValueError("dpmpp in noise form divides by alpha = 0 where rectified flow starts; set predict_x0=True")
+            raise ValueError(
+                "dpmpp in noise form divides by alpha = 0 where rectified flow starts; set predict_x0=True"
+            )
         return "noise"
 
     def step_order(self, i, num_rows):

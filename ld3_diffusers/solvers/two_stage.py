@@ -35,7 +35,7 @@ class TwoStage(Solver):
 
     def expand(self, path, steps):
         count = len(steps) - 1
-        return self.expand_to(path, steps, 2 * count - int(float(steps[-1]) == 0))
+        return self.expand_to(path, steps, 2 * count - int(bool((float64(steps)[-1] == 0).any())))
 
 
 @dataclass(frozen=True)

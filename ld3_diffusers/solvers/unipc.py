@@ -35,7 +35,9 @@ class UniPC(Solver):
         if self.predict_x0:
             return "data"
         if path.kind == "flow":
-            raise ValueError("unipc in noise form divides by alpha = 0 where rectified flow starts; set predict_x0=True")
+            raise ValueError(
+                "unipc in noise form divides by alpha = 0 where rectified flow starts; set predict_x0=True"
+            )
         return "noise"
 
     def step_order(self, i, num_rows):
@@ -43,7 +45,9 @@ class UniPC(Solver):
 
     def check(self, levels):
         if self.variant == "bh1" and starts_at_pure_noise(levels, 0):
-            raise ValueError("unipc's bh1 is infinite for a step that starts at pure noise (s = 1); use solver_type='bh2'")
+            raise ValueError(
+                "unipc's bh1 is infinite for a step that starts at pure noise (s = 1); use solver_type='bh2'"
+            )
 
     def row(self, levels, i, order, previous_order, stage):
         ratio, first, scale_b, b = self._terms(levels, i)

@@ -86,7 +86,7 @@ def test_stlpips_has_its_package_s_values(stlpips):
     # Of the package's own class (AlexNet, shift_tolerant, version 0.0) on the same random images.
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
-    expected = torch.tensor(STLPIPS_VALUES)
+    expected = torch.tensor([0.038261272, 0.038307667, 0.039725728])
     torch.testing.assert_close(stlpips(first, second), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -136,4 +136,3 @@ def test_small_and_grey_images_are_enlarged_and_repeated(stlpips):
         stlpips(random(1, 4, 64, 64), random(1, 4, 64, 64))
 
 
-STLPIPS_VALUES = [0.0, 0.0, 0.0]

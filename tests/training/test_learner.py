@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning on problems whose network is known in closed form."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ld3_diffusers.noise_path import VE, VPLinear
+from ld3_diffusers.schedule import Schedule, SolverSpec
+from tests.training.toy import ToyPairs, grid_schedule, make_pairs, perfect_gain, single_gaussian, toy
+from training.checkpoint import checkpoint_folders
+from training.initial import candidates, grid_search, saved_schedule
+from training.learner import Problem, learn
+from training.learner_published import PublishedLearner
+from training.parameters import PublishedParameters
+from training.recipe import DefaultRecipe, PublishedRecipe, make_recipe
+
+
+PATH = VPLinear()
+DPMPP = SolverSpec("dpmpp", 2)
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    rollout = toy(PATH)
+    return rollout, *(make_pairs(rollout, count, seed) for count, seed in ((32, 100), (32, 200), (256, 300)))
+
+
+def losses_of(problem_pairs, rollout, *schedules):
+    problem = Problem(rollout, problem_pairs, problem_pairs, PATH)
+    return [problem.mean_loss(schedule, problem_pairs) for schedule in schedules]
+
+
+# ---------------------------------------------------------------------- what learning achieves
+
+
+def test_learning_beats_every_hand_made_grid_on_fresh_noise(mixture):
+    rollout, train, valid, test = mixture
+    grids = candidates(PATH, 5, DPMPP, "epsilon", final_sigmas_type="sigma_min")
+    problem = Problem(rollout, train, valid, PATH)
+    start = next(iter(grid_search(problem, grids)))
+    result = learn(rollout, train, valid, grids[start], DefaultRecipe(max_steps=150), path=PATH)
+    learned, *by_hand = losses_of(test, rollout, result.schedule, *grids.values())
+    assert learned < 0.5 * min(by_hand)
+    assert result.loss < 0.5 * result.initial_loss
+    assert result.loss == min(entry["valid_loss"] for entry in result.history if "valid_loss" in entry)
+    assert len(result.history) == 150
+
+
+@pytest.mark.parametrize("final", ["sigma_min", "zero"])
+def test_one_gaussian_is_solved_as_well_as_by_trying_all_times(final):
+    """Euler in two steps has one free time; the end point is a known multiple of the start."""
+    path, std = VE(sigma_min=0.02, sigma_max=10.0), 0.5
+    rollout = single_gaussian(path, std)
+    noise = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    end = 10.0 * noise * perfect_gain(path, std, 10.0, 0.02 if final == "sigma_min" else 0.0)
+    pairs = ToyPairs(noise, end)
+    spec = SolverSpec("euler")
+    problem = Problem(rollout, pairs, pairs, path)
+    last = 0.02 if final == "sigma_min" else 0.0
+
+    def loss_at(middle):
+        return problem.mean_loss(Schedule([10.0, middle, last], None, spec, "ve"), pairs)
+
+    tried = torch.logspace(1, -1.7, 2000, base=10, dtype=torch.float64)[1:-1]
+    found = torch.tensor([loss_at(float(t)) for t in tried[::20]])
+    near = int(found.argmin()) * 20
+    fine = {float(t): loss_at(float(t)) for t in tried[max(near - 20, 0) : near + 21]}
+    optimum = min(fine, key=fine.get)
+    assert 0.1 < optimum < 5  # inside
+
+    start = Schedule([10.0, 3.0 if optimum < 1 else 0.5, last], None, spec, "ve")
+    recipe = DefaultRecipe(learn=("times",), max_steps=200, batch_size=None)
+    result = learn(rollout, pairs, pairs, start, recipe, path=path)
+    assert float(result.schedule.times[1]) == pytest.approx(optimum, rel=0.01)
+    assert result.loss <= fine[optimum] * 1.001 + 1e-12
+
+
+def test_network_times_alone_also_learn(mixture):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_quadratic", 4, DPMPP)
+    result = learn(rollout, train, valid, initial, DefaultRecipe(learn="network_times", max_steps=60), path=PATH)
+    torch.testing.assert_close(result.schedule.times, initial.times, atol=1e-12, rtol=0)
+    assert result.loss < 0.9 * result.initial_loss
+
+
+@pytest.mark.parametrize("options", [{"averaging": 0.9}, {"relaxation": 1e-3}, {"times_first": 0.5}, {"warmup_steps": 5}])
+def test_options_of_the_default_recipe_also_learn(mixture, options):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_quadratic", 4, DPMPP)
+    result = learn(rollout, train, valid, initial, DefaultRecipe(max_steps=40, **options), path=PATH)
+    assert result.loss < result.initial_loss
+
+
+def test_batches_cover_every_pair_and_do_not_depend_on_micro_batches(mixture):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_quadratic", 4, DPMPP)
+    seen = []
+
+    class Recorded:
+        def __len__(self):
+            return len(train)
+
+        def batch(self, indices, device):
+            seen.extend(indices)
+            return train.batch(indices, device)
+
+    whole = learn(rollout, Recorded(), valid, initial, DefaultRecipe(max_steps=8, batch_size=8), path=PATH)
+    assert sorted(seen) == sorted(2 * list(range(32)))
+    parts = learn(rollout, train, valid, initial, DefaultRecipe(max_steps=8, batch_size=8, micro_batch_size=3), path=PATH)
+    torch.testing.assert_close(parts.schedule.times, whole.schedule.times, atol=1e-10, rtol=0)
+
+
+def test_patience_stops(mixture):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_quadratic", 4, DPMPP)
+    recipe = DefaultRecipe(max_steps=100, lr_times=10.0, validation_steps=1, patience=3)
+    result = learn(rollout, train, valid, initial, recipe, path=PATH)
+    assert len(result.history) < 100
+    assert all(entry["valid_loss"] >= result.loss for entry in result.history[-3:])
+
+
+# ---------------------------------------------------------------------- losses that are not finite
+
+
+def broken(rollout, when):
+    calls = iter(range(10**9))
+
+    def broken_rollout(schedule, noise, conditioning):
+        end = rollout(schedule, noise, conditioning)
+        return end * (float("nan") if when(next(calls)) else 1.0)
+
+    return broken_rollout
+
+
+def test_single_bad_iterations_are_skipped_and_many_end_in_a_sentence(mixture):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_quadratic", 4, DPMPP)
+    recipe = DefaultRecipe(max_steps=12, validation_steps=100)
+    result = learn(broken(rollout, lambda call: call == 5), train, valid, initial, recipe, path=PATH)
+    assert result.loss < result.initial_loss
+    assert sum("grad_norm" not in entry for entry in result.history) == 1
+    with pytest.raises(ValueError, match="10 times in a row"):
+        learn(broken(rollout, lambda call: call >= 3), train, valid, initial, recipe, path=PATH)
+    with pytest.raises(ValueError, match="initial schedule's loss is not finite"):
+        learn(broken(rollout, lambda call: True), train, valid, initial, recipe, path=PATH)
+    with pytest.raises(ValueError, match="no way to go on"):
+        learn(broken(rollout, lambda call: call >= 3), train, valid, initial, PublishedRecipe(), path=PATH)
+
+
+# ---------------------------------------------------------------------- the published procedure
+
+
+def test_one_published_iteration_is_the_hand_computed_update(mixture):
+    rollout, train, valid, _ = mixture
+    steps, lr_x = 4, 12 / 4
+    initial = grid_schedule(PATH, "time_uniform", steps, DPMPP)
+    recipe = PublishedRecipe(mode="time", rounds_v1=0, rounds_v2=1, lr_network_times=0.1, batch_size=2)
+    learner = PublishedLearner(Problem(rollout, train, valid, PATH), recipe, initial, 0)
+    learner._begin_round()
+    learner._iterate([0, 1])
+
+    parameters = PublishedParameters(PATH, steps, spec=DPMPP, prediction_type="epsilon", mode="time")
+    noise, target, _ = train.batch([0, 1], "cpu")
+    x = noise.clone().requires_grad_()
+    losses = ((rollout(parameters.schedule(), x, {}) - target) ** 2).flatten(1).mean(1)
+    losses.mean().backward()
+    with torch.no_grad():
+        gradients = {}
+        for name, value in parameters.groups.items():
+            gradients[name] = value.grad / max(1.0, float(value.grad.norm()) + 1e-6)
+        # RMSprop from rest: the average square is 1 % of the square; its momentum is the step itself.
+        g = gradients["times"]
+        parameters.groups["times"] -= 0.005 * g / ((0.01 * g**2).sqrt() + 1e-8)
+        parameters.groups["network_times"] -= 0.1 / steps * gradients["network_times"]
+        bound = 0.001 * 48 / steps**2
+        moved = x - lr_x * x.grad
+        away = (moved - noise).flatten(1)
+        away = away * (bound / away.norm(dim=1, keepdim=True)).clamp(max=1)
+        moved = noise + away.view_as(noise)
+        new = ((rollout(parameters.schedule(), moved, {}) - target) ** 2).flatten(1).mean(1)
+        kept = torch.where((new < losses).view(-1, 1, 1, 1), moved, noise)
+    for name, value in parameters.groups.items():
+        torch.testing.assert_close(learner.parameters.groups[name], value, atol=1e-12, rtol=1e-9)
+    for i in range(2):
+        torch.testing.assert_close(learner.moved["train"][i], kept[i], atol=1e-12, rtol=1e-9)
+
+
+def test_moved_noise_stays_in_the_ball_and_only_improvements_are_kept(mixture):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_uniform", 4, DPMPP)
+    recipe = PublishedRecipe(mode="time", rounds_v1=1, rounds_v2=1, radius=1e-2, shift_lr=100.0)
+    learner = PublishedLearner(Problem(rollout, train, valid, PATH), recipe, initial, 0)
+    bound = 1e-2 * 48 / 16
+    assert learner.bound == bound
+    while not learner.finished:
+        before = dict(learner.moved["valid"])
+        schedule = learner.parameters.schedule().detach()
+        learner.step()
+        if learner.batch == 0:  # a round has ended: validation noises were moved with the times as they are
+            schedule = learner.parameters.schedule().detach()
+            for i in range(len(valid)):
+                noise, target, _ = valid.batch([i], "cpu")
+                old = before.get(i, noise[0])[None]
+                new = learner.moved["valid"][i][None]
+                with torch.no_grad():
+                    falls = [((rollout(schedule, z, {}) - target) ** 2).mean() for z in (old, new)]
+                assert torch.equal(old, new) or falls[1] < falls[0]
+    moved = 0
+    for which, pairs in (("train", train), ("valid", valid)):
+        for i, noise in learner.moved[which].items():
+            distance = float((noise - pairs.noise[i]).norm())
+            assert distance <= bound * (1 + 1e-9)
+            moved += distance > 0
+    assert moved > 32
+
+
+def test_published_rounds_learn_times_first_and_end_where_they_should(mixture):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_uniform", 4, DPMPP)
+    recipe = PublishedRecipe(mode="time", rounds_v1=1, rounds_v2=1, batch_size=16)
+    learner = PublishedLearner(Problem(rollout, train, valid, PATH), recipe, initial, 0)
+    for expected in ((0, 1), (1, 0)):
+        learner.step()
+        assert (learner.round, learner.batch) == expected
+        assert (learner.offsets == 0).all() and not (learner.times == 1).all()
+    learner.step()
+    assert not (learner.offsets[1:-1] == 0).any()
+    learner.step()
+    assert learner.finished
+    result = learn(rollout, train, valid, initial, replace(recipe, no_v1=True), path=PATH)
+    torch.testing.assert_close(result.schedule.times, initial.times, atol=1e-12, rtol=0)
+    assert len(result.history) == recipe.steps(32) == 4
+
+
+def test_published_patience_enlarges_validation_first_and_then_lowers_the_rates(mixture):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_uniform", 4, DPMPP)
+    recipe = PublishedRecipe(mode="time", valid_batch_size=4, rounds_v1=0, rounds_v2=1, patience=2)
+    learner = PublishedLearner(Problem(rollout, train, valid, PATH), recipe, initial, 0)
+    learner._begin_round()
+    first = learner._validate()
+    assert first == pytest.approx(learner._validation_loss(valid, 4), rel=1e-12)
+    kept = learner.best["times"].clone()
+    for expected in (1, 0):
+        with torch.no_grad():
+            learner.times.copy_(torch.tensor([1.0, 5, -5, 5, -5], dtype=torch.float64))
+        learner._validate()
+        assert learner.worse == expected
+    assert learner.whole_validation and torch.equal(learner.times.detach(), kept)
+    assert learner.best_loss == pytest.approx(learner._validation_loss(valid, 32), rel=1e-12)
+    assert learner.rms.param_groups[0]["lr"] == 0.005
+    for _ in range(2):
+        with torch.no_grad():
+            learner.times.copy_(torch.tensor([1.0, 5, -5, 5, -5], dtype=torch.float64))
+        learner._validate()
+    assert learner.rms.param_groups[0]["lr"] == pytest.approx(0.004)
+    assert learner.sgd.param_groups[0]["lr"] == pytest.approx(0.8 * 0.1 / 4)
+    learner.sgd.param_groups[0]["lr"] = 1e-6
+    for _ in range(5):
+        assert not learner.finished
+        learner._decay_rates()
+    assert learner.finished
+
+
+# ---------------------------------------------------------------------- interruption
+
+
+RECIPES = {
+    "default": DefaultRecipe(max_steps=14, batch_size=6, validation_steps=3, averaging=0.9, relaxation=1e-3),
+    "published": PublishedRecipe(mode="time", rounds_v1=1, rounds_v2=1, batch_size=6, valid_batch_size=8, patience=2),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_killed_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(mixture, name, tmp_path):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_uniform", 4, DPMPP)
+    recipe = RECIPES[name]
+    options = {"path": PATH, "seed": 3, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    whole = learn(rollout, train, valid, initial, recipe, checkpoint_dir=tmp_path / "whole", **options)
+    total = len(whole.history)
+    rng = random.Random(1)
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        kills = sorted(rng.sample(range(1, total), 2))
+
+        def kill(done, entry):
+            if kills and done == kills[0]:
+                kills.pop(0)
+                raise KeyboardInterrupt
+
+        result = None
+        while result is None:
+            try:
+                result = learn(
+                    rollout,
+                    train,
+                    valid,
+                    initial,
+                    recipe,
+                    checkpoint_dir=folder,
+                    resume_from_checkpoint="latest",
+                    callback=kill,
+                    **options,
+                )
+            except KeyboardInterrupt:
+                assert len(checkpoint_folders(folder)) <= 2
+        assert torch.equal(result.schedule.times, whole.schedule.times)
+        assert torch.equal(result.schedule.network_times, whole.schedule.network_times)
+        assert result.history == whole.history
+        assert (result.initial_loss, result.loss) == (whole.initial_loss, whole.loss)
+
+
+def test_checkpoints_are_whole_pruned_and_of_one_run(mixture, tmp_path):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_uniform", 4, DPMPP)
+    options = {"path": PATH, "checkpoint_dir": tmp_path, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    recipe = DefaultRecipe(max_steps=6)
+    learn(rollout, train, valid, initial, recipe, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    with pytest.raises(ValueError, match="its seed is 0, this run's 1"):
+        learn(rollout, train, valid, initial, recipe, seed=1, resume_from_checkpoint="checkpoint-4", **options)
+    with pytest.raises(ValueError, match="its settings is"):
+        learn(rollout, train, valid, initial, DefaultRecipe(max_steps=7), resume_from_checkpoint="latest", **options)
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        learn(rollout, train, valid, initial, recipe, resume_from_checkpoint="checkpoint-5", **options)
+
+
+def _learn_on_two_processes(folder):
+    from accelerate import Accelerator
+
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    rollout = toy(PATH)
+    train, valid = make_pairs(rollout, 8, 100), make_pairs(rollout, 8, 200)
+    initial = grid_schedule(PATH, "time_uniform", 3, DPMPP)
+    for name, recipe in RECIPES.items():
+        recipe = replace(recipe, max_steps=4) if name == "default" else recipe
+        result = learn(rollout, train, valid, initial, recipe, path=PATH, accelerator=accelerator)
+        times = torch.cat([result.schedule.times, result.schedule.network_times])
+        torch.save(times, f"{folder}/{name}-{accelerator.num_processes}-{accelerator.process_index}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path):
+    from accelerate import debug_launcher
+
+    debug_launcher(_learn_on_two_processes, (str(tmp_path),), num_processes=2)
+    _learn_on_two_processes(tmp_path)
+    for name in RECIPES:
+        first, second = (torch.load(tmp_path / f"{name}-2-{rank}.pt") for rank in range(2))
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, torch.load(tmp_path / f"{name}-1-0.pt"), atol=1e-9, rtol=0)
+
+
+# ---------------------------------------------------------------------- recipes and starting points
+
+
+def test_recipes_refuse_what_they_do_not_have():
+    assert make_recipe("default", {"learn": "times"}).learn == ("times",)
+    for name, values, sentence in (
+        ("mine", {}, "unknown recipe"),
+        ("default", {"rounds_v1": 2}, "has no rounds_v1"),
+        ("default", {"learn": "noise"}, "cannot learn"),
+        ("default", {"max_steps": 0}, "max_steps must be positive"),
+        ("default", {"averaging": 1.0}, "averaging must be in"),
+        ("published", {"rounds_v1": 0, "rounds_v2": 0}, "at least one round"),
+        ("published", {"radius": -1.0}, "must not be negative"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make_recipe(name, values)
+
+
+def test_grids_end_as_asked_and_a_saved_schedule_starts_another(tmp_path):
+    import json
+
+    for solver in ("dpmpp", "heun", "dpm2"):
+        for final in ("zero", "sigma_min"):
+            found = candidates(PATH, 5, SolverSpec(solver), "epsilon", final_sigmas_type=final)
+            assert {schedule.nfe for schedule in found.values()} == {5}
+            assert {float(schedule.times[-1]) for schedule in found.values()} == {0.0 if final == "zero" else 1e-3}
+    known = grid_schedule(PATH, "time_quadratic", 4, DPMPP)
+    config = {"schedules": {"4": known.to_dict(PATH)}}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    found = saved_schedule(tmp_path, PATH, 4, SolverSpec("unipc"), "epsilon")
+    assert torch.equal(found.times, known.times) and found.spec.solver == "unipc"
+    with pytest.raises(ValueError, match="no schedule for 5 evaluations, only for 4"):
+        saved_schedule(tmp_path, PATH, 5, DPMPP, "epsilon")
+    with pytest.raises(ValueError, match="prediction type 'epsilon', this model 'v_prediction'"):
+        saved_schedule(tmp_path, PATH, 4, DPMPP, "v_prediction")
+    with pytest.raises(ValueError, match="made for dpmpp"):
+        saved_schedule(tmp_path, PATH, 4, SolverSpec("heun"), "epsilon")
+    with pytest.raises(ValueError, match="cannot read"):
+        saved_schedule(tmp_path / "nowhere", PATH, 4, DPMPP, "epsilon")

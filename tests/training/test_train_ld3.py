@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program, on a tiny Stable Diffusion with random weights: what it writes, what it refuses, and that it resumes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from ld3_diffusers import LD3Scheduler
+from tests.tiny_pipelines import PIPELINES
+from training import make_teacher_set, train_ld3
+from training.learning_arguments import RECIPE_ARGUMENTS, RECIPE_FLAGS, parser
+from training.recipe import RECIPES
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A folder with a pipeline and a teacher set of 8 pairs."""
+    folder = tmp_path_factory.mktemp("room")
+    pipe, _ = PIPELINES["sd"]()
+    pipe.save_pretrained(folder / "sd")
+    (folder / "prompts.txt").write_text("a red fox\na blue bird\n")
+    make_teacher_set.main(
+        ["--teacher", str(folder / "sd"), "--output_dir", str(folder / "pairs"), "--num_samples", "8", "--resolution", "32"]
+        + ["--num_inference_steps", "20", "--prompts_file", str(folder / "prompts.txt"), "--guidance_scale", "2"]
+    )
+    return folder
+
+
+def arguments(room, output, *more, nfe=3):
+    given = ["--teacher", str(room / "sd"), "--output_dir", str(output), "--nfe", str(nfe)]
+    if "--no_set" not in more:
+        given += ["--teacher_set", str(room / "pairs"), "--num_train", "5", "--num_valid", "3"]
+    given += ["--solver", "dpmpp", "--max_train_steps", "6", "--validation_steps", "2", "--report_to", "none"]
+    given += ["--train_batch_size", "4", "--checkpointing_steps", "2", "--checkpoints_total_limit", "1"]
+    return given + [argument for argument in more if argument != "--no_set"]
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_learns_saves_and_serves_several_counts_from_one_folder(room, tmp_path):
+    output = tmp_path / "schedules"
+    train_ld3.main(arguments(room, output))
+    assert files(output) == {
+        "scheduler_config.json",
+        "nfe-3/schedule.png",
+        "nfe-3/training_log.jsonl",
+        "nfe-3/checkpoint-6/learner.pt",
+        "nfe-3/checkpoint-6/random_states_0.pt",
+    }
+    log = [json.loads(line) for line in (output / "nfe-3" / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    first = LD3Scheduler.from_pretrained(output)
+    assert first.learned_counts == [3]
+    facts = first.config.schedules["3"]["provenance"]
+    assert facts["loss"] < facts["best_grid_loss"]
+    assert facts["loss"] == min(entry["valid_loss"] for entry in log if "valid_loss" in entry)
+    assert facts["guidance_scale"] == 2 and facts["height"] == 32 and facts["recipe"] == "default"
+    assert facts["teacher_name"] == "sd" and facts["teacher_solver"] == "unipc" and facts["teacher_steps"] == 20
+    assert str(tmp_path) not in (output / "scheduler_config.json").read_text()
+
+    train_ld3.main(arguments(room, output, "--solver", "unipc", nfe=2))
+    both = LD3Scheduler.from_pretrained(output)
+    assert both.learned_counts == [2, 3]
+    assert both.config.schedules["3"] == first.config.schedules["3"]
+    assert both.config.schedules["2"]["solver"] == "unipc"
+
+    # Starting from what was learned begins at its loss, and need not lose it.
+    again = tmp_path / "again"
+    train_ld3.main(arguments(room, again, "--discretization", str(output)))
+    assert LD3Scheduler.from_pretrained(again).config.schedules["3"]["provenance"]["initial_loss"] == facts["loss"]
+
+
+def test_the_saved_schedule_samples_as_it_was_judged(room, tmp_path):
+    output = tmp_path / "schedules"
+    train_ld3.main(arguments(room, output))
+    pipe = DiffusionPipeline.from_pretrained(room / "sd")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = LD3Scheduler.from_pretrained(output)
+    pipe.scheduler.check(pipe)
+    pairs = train_ld3.TeacherSet.load(room / "pairs")
+    noise, target, conditioning = pairs.batch([5, 6, 7])
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent", "height": 32, "width": 32}
+    end = pipe(**conditioning, latents=noise, **call).images
+    facts = pipe.scheduler.config.schedules["3"]["provenance"]
+    assert float(((end - target) ** 2).mean()) == pytest.approx(facts["loss"], rel=1e-4)
+
+
+def test_an_interrupted_run_continues_to_the_same_file(room, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_ld3.main(arguments(room, whole))
+    real = train_ld3.learn
+
+    def interrupted(*args, callback, **options):
+        def kill(done, entry):
+            callback(done, entry)
+            if done == 5:
+                raise KeyboardInterrupt
+
+        return real(*args, callback=kill, **options)
+
+    monkeypatch.setattr(train_ld3, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_ld3.main(arguments(room, broken))
+    assert files(broken) == {"nfe-3/checkpoint-4/learner.pt", "nfe-3/checkpoint-4/random_states_0.pt"}
+    monkeypatch.setattr(train_ld3, "learn", real)
+    train_ld3.main(arguments(room, broken, "--resume_from_checkpoint", "latest"))
+    for name in ("scheduler_config.json", "nfe-3/training_log.jsonl"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+
+
+def test_a_teacher_set_is_made_where_none_is_given(room, tmp_path):
+    output, recipe = tmp_path / "schedules", tmp_path / "recipe.yaml"
+    recipe.write_text("num_train: 3\nnum_valid: 2\nteacher_steps: 8\nresolution: 32\nguidance_scale: 1.5\nlearning_rate: 0.1\n")
+    given = ["--no_set", "--prompts_file", str(room / "prompts.txt"), "--config", str(recipe), "--allow_worse"]
+    train_ld3.main(arguments(room, output, *given))
+    made = train_ld3.TeacherSet.load(output / "teacher_set")
+    assert len(made) == 5 and made.provenance["guidance_scale"] == 1.5
+    facts = LD3Scheduler.from_pretrained(output).config.schedules["3"]["provenance"]
+    assert facts["recipe_settings"]["lr_times"] == 0.1 and facts["train_pairs"] == 3
+
+
+def test_published_recipe_and_pixel_loss(room, tmp_path):
+    output = tmp_path / "schedules"
+    given = arguments(room, output, "--recipe", "published", "--mode", "time", "--rounds_v1", "1", "--rounds_v2", "1")
+    for name in ("--max_train_steps", "--validation_steps"):
+        at = given.index(name)
+        del given[at : at + 2]
+    train_ld3.main([*given, "--loss", "l1", "--loss_space", "pixel", "--allow_worse"])
+    entry = LD3Scheduler.from_pretrained(output).config.schedules["3"]
+    assert entry["provenance"]["recipe"] == "published" and entry["times"][-1] == 0.001
+    assert entry["provenance"]["loss_space"] == "pixel"
+
+
+def refused(capsys, given):
+    with pytest.raises(SystemExit) as error:
+        train_ld3.main(given)
+    assert error.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--nfe", "0"], "--nfe must be at least 1"),
+        (["--teacher", "nowhere"], "neither an existing folder nor a Hub id"),
+        (["--solver_order", "7"], "dpmpp has no order 7"),
+        (["--solver_type", "bh1"], "dpmpp has no solver_type 'bh1'"),
+        (["--discretization", "random"], "neither a folder with a schedule nor one of"),
+        (["--learn", "noise"], "cannot learn"),
+        (["--rounds_v1", "3"], "belongs to the recipe 'published'"),
+        (["--no_v1"], "belongs to the recipe 'published'"),
+        (["--loss", "stlpips", "--loss_space", "latent"], "compares images"),
+        (["--resolution", "64"], "is for a teacher set made here"),
+        (["--teacher_set", "nowhere"], "is not there"),
+        (["--num_train", "7"], "make a larger teacher set"),
+        (["--guidance_scale", "7.5"], "was made with guidance_scale=2.0, not 7.5"),
+        (["--resume_from_checkpoint", "checkpoint-9"], "is no checkpoint"),
+        (["--checkpoints_total_limit", "0"], "must be at least 1"),
+        (["--seed", "-1"], "must not be negative"),
+        (["--afs", "--nfe", "1", "--solver", "heun"], "hand-made grid"),
+        (["--config", "nowhere.yaml"], "cannot read the recipe"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(room, tmp_path, capsys, given, sentence):
+    output = tmp_path / "schedules"
+    assert sentence in refused(capsys, arguments(room, output, *given))
+    assert not files(output) if output.exists() else True
+
+
+def test_a_schedule_that_loses_is_not_saved(room, tmp_path, capsys):
+    output = tmp_path / "schedules"
+    given = arguments(room, output, "--discretization", "edm", "--learning_rate", "1e-12", "--learn", "times")
+    assert "does not beat the grid" in refused(capsys, given)
+    assert not (output / "scheduler_config.json").exists()
+    train_ld3.main([*given, "--allow_worse"])
+    facts = LD3Scheduler.from_pretrained(output).config.schedules["3"]["provenance"]
+    assert facts["start"] == "edm" and facts["loss"] >= facts["best_grid_loss"]
+
+
+def test_other_weights_other_models_and_broken_configs_are_refused(room, tmp_path, capsys):
+    pipe = DiffusionPipeline.from_pretrained(room / "sd")
+    with torch.no_grad():
+        next(pipe.unet.parameters()).add_(1.0)
+    pipe.save_pretrained(tmp_path / "other")
+    given = arguments(room, tmp_path / "schedules", "--teacher", str(tmp_path / "other"))
+    assert "made by other weights" in refused(capsys, given)
+
+    output = tmp_path / "flow"
+    LD3Scheduler(noise_path="flow", prediction_type="flow_prediction").save_pretrained(output)
+    before = (output / "scheduler_config.json").read_bytes()
+    assert "holds schedules for a model with noise_path='flow'" in refused(capsys, arguments(room, output))
+    (output / "scheduler_config.json").write_text("{")
+    assert "not valid JSON" in refused(capsys, arguments(room, output))
+    (output / "scheduler_config.json").write_bytes(before)
+
+    shutil.copytree(room / "pairs", tmp_path / "same")
+    given = arguments(room, tmp_path / "schedules", "--validation_set", str(tmp_path / "same"))
+    assert "share the seeds 0 to 7" in refused(capsys, given)
+
+
+def test_every_field_of_the_recipes_has_an_argument():
+    fields = {field for recipe in RECIPES.values() for field in recipe.__dataclass_fields__}
+    names = {action.dest for action in parser()._actions}
+    assert fields == set(RECIPE_ARGUMENTS) | set(RECIPE_FLAGS) | {"betas"}
+    assert {f"recipe_{field}" for field in (*RECIPE_ARGUMENTS, *RECIPE_FLAGS)} <= names
