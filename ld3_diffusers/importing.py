@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules published elsewhere, as [`Schedule`]s: lists of times, lists of sigmas, LD3's `.pt` files.
 
-    path = LD3Scheduler.from_config(pipe.scheduler.config).path
-    schedule = import_times("[1, .76668, .48113, .18417, .001]", path=path, solver="ipndm", solver_order=2)
-    pipe.scheduler = scheduler_for(schedule, pipe.scheduler.config)
+path = LD3Scheduler.from_config(pipe.scheduler.config).path
+schedule = import_times("[1, .76668, .48113, .18417, .001]", path=path, solver="ipndm", solver_order=2)
+pipe.scheduler = scheduler_for(schedule, pipe.scheduler.config)
 """
 
 import ast
@@ -66,7 +66,9 @@ def import_times(
     return schedule
 
 
-def import_sigmas(sigmas: Sequence[float] | str, *, path: NoisePath, prediction_type: str = "epsilon", **solver) -> Schedule:
+def import_sigmas(
+    sigmas: Sequence[float] | str, *, path: NoisePath, prediction_type: str = "epsilon", **solver
+) -> Schedule:
     """N + 1 noise levels sigma/alpha, from noise to data and perhaps ending in 0 (AYS, GITS, k-diffusion); on rectified flow s."""
     sigmas = _numbers(sigmas, "sigmas")
     if bool((sigmas < 0).any()):
@@ -89,14 +91,22 @@ def import_pt(file: str | Path, *, path: NoisePath, prediction_type: str = "epsi
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{str(file)!r} is damaged or holds more than tensors, and is not opened; export its times") from error
+        raise ValueError(
+            f"{str(file)!r} is damaged or holds more than tensors, and is not opened; export its times"
+        ) from error
     vector = state.get("best_t_steps") if isinstance(state, dict) else None
     if not isinstance(vector, torch.Tensor) or vector.ndim != 1 or len(vector) % 2 or len(vector) < 4:
-        raise ValueError(f"{str(file)!r} has no 'best_t_steps' with two equally long time vectors; pass a file of LD3's training")
+        raise ValueError(
+            f"{str(file)!r} has no 'best_t_steps' with two equally long time vectors; pass a file of LD3's training"
+        )
     times, network_times = vector.double().chunk(2)
     # Saved in float32, whose rounding may leave the path by a last digit.
     return import_times(
-        times.clamp(max=path.t_max), network_times.clamp(max=path.t_max), path=path, prediction_type=prediction_type, **solver
+        times.clamp(max=path.t_max),
+        network_times.clamp(max=path.t_max),
+        path=path,
+        prediction_type=prediction_type,
+        **solver,
     )
 
 

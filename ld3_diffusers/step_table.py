@@ -19,9 +19,6 @@ from .noise_path import Levels, NoisePath, float64
 from .solvers import Solver
 
 
-SUM_RULE_OF_LEARNED = 0.5  # how far a learned table may stray from the sum rules before it is refused
-
-
 @dataclass(frozen=True, eq=False)
 class StepTable:
     """N rows, float64.

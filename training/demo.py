@@ -12,11 +12,14 @@ continues.
 import argparse
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from tqdm.auto import tqdm
 
 from ld3_diffusers import LD3Scheduler
 from ld3_diffusers.solvers import SOLVERS
@@ -32,6 +35,11 @@ from .teacher_set import TeacherSet, check_disjoint
 TEACHER = Path("examples/teachers/fashion-sd")
 # name: first seed, which wordings of the captions
 SETS = {"train": (0, "train"), "valid": (1_000_000, "train"), "unseen": (2_000_000, "held_out")}
+# the authors' values for Stable Diffusion, whose schedules end at t = 1/1000
+PUBLISHED = ["--mode", "time", "--final_sigmas_type", "sigma_min", "--learning_rate_network_times", "0.001"]
+PUBLISHED += ["--train_batch_size", "1", "--valid_batch_size", "1", "--rounds_v1", "2", "--rounds_v2", "3"]
+PUBLISHED += ["--num_train", "25", "--num_valid", "25"]
+MAGNIFIED = 4  # differences in the picture
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num_train", type=int, default=64)
     p.add_argument("--num_valid", type=int, default=32)
     p.add_argument("--num_unseen", type=int, default=128, help="pairs to judge on")
+    p.add_argument("--max_train_steps", type=int, default=100, help="iterations of the default recipe (default: %(default)s)")
     p.add_argument("--output_dir", default="outputs/demo")
     p.add_argument("--seed", type=int, default=0)
     return p
@@ -85,16 +94,18 @@ def learn(args, recipe: str, guidance_scale: float, output: Path) -> Path:
         print(f"{folder} has a learned schedule already; using it")
         return folder
     sets = Path(args.output_dir)
+    options = PUBLISHED if recipe == "published" else ["--max_train_steps", str(args.max_train_steps)]
     train_ld3.main(
         ["--teacher", args.teacher, "--teacher_set", str(sets / "train"), "--validation_set", str(sets / "valid")]
         + ["--nfe", str(args.nfe), "--solver", args.solver, "--solver_order", str(args.solver_order)]
         + ["--recipe", recipe, "--guidance_scale", str(guidance_scale), "--seed", str(args.seed)]
         + ["--output_dir", str(folder), "--checkpointing_steps", "25", "--checkpoints_total_limit", "1"]
-        + ["--resume_from_checkpoint", "latest", "--allow_worse"]
+        + ["--resume_from_checkpoint", "latest", "--allow_worse", *options]
     )
     return folder
 
 
+@torch.no_grad()
 def compare(args, folders: dict[str, Path], unseen: TeacherSet, guidance_scale: float, output: Path) -> bool:
     """Prints and writes everything; whether the first recipe's schedule wins against all stock schedulers."""
     pipe = DiffusionPipeline.from_pretrained(args.teacher)
@@ -104,8 +115,6 @@ def compare(args, folders: dict[str, Path], unseen: TeacherSet, guidance_scale: 
         name = f"LD3 {recipe}"
         learned.append(Contender(name, scheduler, args.nfe, f"{args.solver} {args.solver_order}, learned times"))
     contenders = [*learned, *stock_contenders(pipe.scheduler.config, args.nfe)]
-    from tqdm.auto import tqdm
-
     for contender in tqdm(contenders, desc="comparing"):
         sample(pipe, contender, unseen, guidance_scale=guidance_scale)
     stock = best_by_name(contenders[len(learned) :])
@@ -121,13 +130,16 @@ def compare(args, folders: dict[str, Path], unseen: TeacherSet, guidance_scale: 
     indices = [int(i) for i in unseen.pairs["prompt_index"]]
     shown = pick_columns(indices, unseen.prompts, 10)
     target = unseen.batch(shown)[1]
+    teacher, best, ours = (decode(pipe, ends) for ends in (target, stock[0].ends[shown], subject.ends[shown]))
     rows = {
-        "teacher, 50 evaluations": target,
-        f"best stock, {stock[0].evaluations}\n{stock[0].name}": stock[0].ends[shown],
-        f"learned, {subject.evaluations}": subject.ends[shown],
+        f"teacher\n{unseen.provenance['num_inference_steps']} evaluations": teacher,
+        f"best stock, {stock[0].name}\n{stock[0].evaluations} evaluations": best,
+        f"learned\n{subject.evaluations} evaluations": ours,
+        f"|best stock - teacher| x {MAGNIFIED}": MAGNIFIED * (best - teacher).abs() - 1,
+        f"|learned - teacher| x {MAGNIFIED}": MAGNIFIED * (ours - teacher).abs() - 1,
     }
-    captions = ["\n".join(unseen.prompts[indices[i]].split(" ", 3)) for i in shown]
-    save_grid(output / "comparison.png", {name: decode(pipe, ends) for name, ends in rows.items()}, captions)
+    captions = [textwrap.fill(unseen.prompts[indices[i]], 16) for i in shown]
+    save_grid(output / "comparison.png", rows, captions)
     save_schedules(output / "schedules.png", [*learned, *[c for c in stock if c.name != "Heun"]])
     print(f"\nwrote {output}/table.md, results.json, comparison.png and schedules.png")
     return won

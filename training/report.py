@@ -65,7 +65,7 @@ def save_grid(path: Path, rows: dict[str, Tensor], columns: list[str]) -> None:
     from matplotlib.figure import Figure
 
     count = len(columns)
-    figure = Figure(figsize=(1.15 * count + 1.2, 1.25 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.0 * count + 1.8, 1.0 * len(rows) + 0.5), layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, images) in zip(axes, rows.items()):
         for axis, image in zip(line, images):
@@ -89,7 +89,7 @@ def save_schedules(path: Path, contenders: list[Contender]) -> None:
         scheduler = contender.scheduler
         scheduler.set_timesteps(contender.num_inference_steps)
         learned = isinstance(scheduler, LD3Scheduler)
-        sigmas = scheduler.sigmas.detach().double()
+        sigmas = _sigmas(scheduler)
         style = {"color": f"C{k}", "lw": 2.4 if learned else 1.0, "marker": "o", "ms": 4, "label": contender.name}
         positive = sigmas[sigmas > 0]
         levels.plot(range(len(positive)), positive, **style)
@@ -101,6 +101,13 @@ def save_schedules(path: Path, contenders: list[Contender]) -> None:
     offsets.axhline(0, color="0.6", lw=0.8)
     levels.legend(fontsize=7)
     write_whole(path, lambda file: figure.savefig(file, dpi=120))
+
+
+def _sigmas(scheduler) -> Tensor:
+    if hasattr(scheduler, "sigmas"):
+        return scheduler.sigmas.detach().double()
+    alphas_cumprod = scheduler.alphas_cumprod[scheduler.timesteps].double()  # DDIM
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
 def pick_columns(prompt_indices: list[int], prompts: list[str], count: int) -> list[int]:

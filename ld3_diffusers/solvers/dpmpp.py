@@ -24,7 +24,8 @@ class DPMSolverMultistep(Solver):
 
     The noise form has $\alpha'/\alpha$ for $\sigma'/\sigma$, $\sigma'$ for $\alpha'$, $\phi_1 = e^h-1,\ \phi_2 = \phi_1/h-1,\
     \phi_3 = \phi_2/h-\frac12$ and a minus sign before every term. `variant="heun"` takes $+\alpha'\phi_2 D_0$ (data) or
-    $-\sigma'\phi_2 D_0$ (noise) at order 2. As in Diffusers, the order is lowered at the end only below 15 steps.
+    $-\sigma'\phi_2 D_0$ (noise) at order 2. As in Diffusers, the order is lowered at the end only below 15 steps. Order 3
+    converges with order 2, as published and in Diffusers: $D_2$ tends to half of what its weight assumes.
     """
 
     name = "dpmpp"

@@ -3,11 +3,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ld3_diffusers.noise_path import shift_flow_time
+from ld3_diffusers.noise_path import RectifiedFlow, VPLinear, shift_flow_time
 from ld3_diffusers.schedule import Schedule, SolverSpec, check_checksum, interpolate, table_checksum
 from ld3_diffusers.step_table import build_table
 
@@ -154,9 +155,9 @@ def test_interpolation_refused(spec):
         ({"times": [1.0, 0.5], "network_times": [[1.0]]}, "'network_times' of a schedule"),
         ({"times": [1.0, 0.5], "sigmas": [1.0]}, r"unknown schedule entries \['sigmas'\]"),
         ({"times": [1.0, 0.5], "solver": "dpm"}, "unknown solver 'dpm'; use one of"),
-        ({"times": [1.0, 0.5], "solver": ["unipc"]}, "unknown solver"),
+        ({"times": [1.0, 0.5], "solver": ["unipc"]}, "'solver' of a schedule must be a string"),
         ({"times": [1.0, 0.5], "solver": "unipc", "solver_order": 7}, "unipc has no order 7"),
-        ({"times": [1.0, 0.5], "solver": "unipc", "solver_order": "2"}, "unipc has no order '2'"),
+        ({"times": [1.0, 0.5], "solver": "unipc", "solver_order": "2"}, "'solver_order' of a schedule must be an integer"),
         ({"times": [1.0, 0.5], "solver": "unipc", "solver_type": "midpoint"}, "unipc has no solver_type"),
         ({"times": [1.0, 0.5], "starting_scale": "one"}, "unknown starting_scale 'one'"),
     ],
@@ -165,3 +166,39 @@ def test_malformed_entries(entry, match):
     with pytest.raises(ValueError, match=match) as error:
         Schedule.from_dict(entry)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, what",
+    [
+        ("times", [1.0, 10**400], "a list of finite numbers"),
+        ("checksum", "12.5", "a finite number"),
+        ("solver_order", 2.0, "an integer"),
+        ("afs", "False", "true or false"),
+        ("final", 0, "true or false"),
+        ("noise_path", 3, "a string"),
+        ("provenance", ["teacher"], "a mapping"),
+    ],
+)
+def test_entries_of_the_wrong_type(key, value, what):
+    entry = {"times": [1.0, 0.5, 0.001], "solver": "unipc", key: value}
+    with pytest.raises(ValueError, match=f"'{key}' of a schedule must be {what}"):
+        Schedule.from_dict(entry)
+
+
+def test_final_times_are_not_shifted():
+    path = RectifiedFlow()
+    schedule = Schedule([1.0, 0.5, 0.0], spec=SolverSpec("euler"), noise_path="flow", prediction_type="flow_prediction")
+    assert float(schedule.table(path, mu=1.0).times[1]) == pytest.approx(math.e * 0.5 / (math.e * 0.5 + 0.5))
+    assert float(replace(schedule, final=True).table(path, mu=1.0).times[1]) == 0.5
+
+
+def test_checksum_sees_a_small_change_of_one_late_time():
+    path = VPLinear()
+    times = torch.tensor([1.0, 0.6, 0.3, 0.1, 0.001], dtype=torch.float64)
+    moved = times.clone()
+    moved[3] *= 1 + 1e-6
+    saved, other = (Schedule(t, noise_path=path.kind).table(path) for t in (times, moved))
+    check_checksum(saved, table_checksum(saved))
+    with pytest.raises(ValueError, match="another step table"):
+        check_checksum(other, table_checksum(saved))

@@ -162,7 +162,7 @@ def refused(capsys, given):
         (["--resume_from_checkpoint", "checkpoint-9"], "is no checkpoint"),
         (["--checkpoints_total_limit", "0"], "must be at least 1"),
         (["--seed", "-1"], "must not be negative"),
-        (["--afs", "--nfe", "1", "--solver", "heun"], "hand-made grid"),
+        (["--micro_batch_size", "0"], "micro_batch_size must be positive"),
         (["--config", "nowhere.yaml"], "cannot read the recipe"),
     ],
 )
