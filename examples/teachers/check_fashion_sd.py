@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure how good the samples of the small Stable Diffusion are.
+
+    python examples/teachers/check_fashion_sd.py --output_dir work/check
+
+Samples every class through the pipeline, asks the classifier in the folder's `reference/` what it sees, compares its
+accuracy with the one on real test images, measures the Frechet distance of its features to those of the real training
+images, and draws a grid (one row a class). `--record` writes grid and numbers into the pipeline folder.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from fashion_classifier import FashionClassifier, classify, frechet_distance, mean_and_covariance
+from PIL import Image
+from safetensors.torch import load_file
+
+
+PIPELINE_DIR = Path(__file__).parent / "fashion-sd"
+SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler, "stored": None}
+
+
+@torch.no_grad()
+def sample(pipeline, prompts, args):
+    """RGB images `(n, 3, 32, 32)` in [0, 1], the i-th from its own seed, so that batch size changes no image."""
+    images = []
+    for start in range(0, len(prompts), args.batch_size):
+        batch = prompts[start : start + args.batch_size]
+        generators = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(batch))]
+        images.append(
+            pipeline(
+                batch,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                generator=generators,
+                output_type="pt",
+            ).images
+        )
+        print(f"{start + len(batch)}/{len(prompts)} images", flush=True)
+    return torch.cat(images).float()
+
+
+def grid(images, classes, columns, scale=2):
+    """A PIL image of `columns` samples a row, one row a class, enlarged by a whole factor."""
+    per_class = len(images) // classes
+    columns = min(columns, per_class)
+    tiles = images.unflatten(0, (classes, per_class))[:, :columns]
+    canvas = tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    picture = Image.fromarray((canvas * 255).round().byte().numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pipeline_dir", default=str(PIPELINE_DIR))
+    parser.add_argument("--reference_dir", default=None, help="default: reference/ in the pipeline folder")
+    parser.add_argument("--output_dir", default=None, help="where to write samples.png and result.json")
+    parser.add_argument("--images_per_class", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, default=None, help="default: the recommended one")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
+    parser.add_argument("--split", choices=("train", "held_out"), default=None, help="which wordings; default all")
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_threads", type=int, default=None)
+    parser.add_argument("--record", action="store_true", help="write grid and numbers into the pipeline folder")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    folder = Path(args.pipeline_dir)
+    reference_dir = Path(args.reference_dir) if args.reference_dir else folder / "reference"
+    for path in (folder / "model_index.json", reference_dir / "reference.json"):
+        if not path.is_file():
+            raise ValueError(
+                f"'{path}' is missing: make the pipeline with train_fashion_sd.py and its reference/ with "
+                "fashion_classifier.py, both beside this program."
+            )
+    reference = json.loads((reference_dir / "reference.json").read_text())
+    if args.guidance_scale is None:
+        args.guidance_scale = reference.get("samples", {}).get("guidance_scale", 3.0)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if SCHEDULERS[args.scheduler] is not None:
+        pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(pipeline.scheduler.config)
+
+    wordings = json.loads((folder / "prompts.json").read_text())
+    splits = [args.split] if args.split else list(wordings)
+    prompts, labels = [], []
+    for label, name in enumerate(reference["classes"]):
+        captions = [caption for split in splits for caption in wordings[split][name]]
+        # All wordings in turn, so that a class is judged by how it is asked for on average.
+        prompts += [captions[i % len(captions)] for i in range(args.images_per_class)]
+        labels += [label] * args.images_per_class
+    labels = torch.tensor(labels)
+
+    since = time.time()
+    images = sample(pipeline, prompts, args)
+    seconds = time.time() - since
+    # Rounded to 8 bits, as the real images are.
+    gray = (images.mean(1, keepdim=True) * 255).round() / 127.5 - 1
+    predicted, features = classify(FashionClassifier.from_pretrained(reference_dir), gray)
+    statistics = load_file(reference_dir / "statistics.safetensors")
+    distance = frechet_distance(*mean_and_covariance(features), statistics["mean"], statistics["covariance"])
+    right = predicted == labels
+
+    per_class = {}
+    for label, name in enumerate(reference["classes"]):
+        mine = labels == label
+        per_class[name] = right[mine].double().mean().item()
+        seen = predicted[mine].bincount(minlength=len(reference["classes"]))
+        others = [
+            f"{reference['classes'][i]} {seen[i]}" for i in seen.argsort(descending=True) if i != label and seen[i]
+        ]
+        real = reference["test_accuracy_per_class"][name]
+        print(f"{name:>12}  {per_class[name]:6.1%}  (real {real:6.1%})  taken for: {', '.join(others) or '-'}")
+    accuracy = right.double().mean().item()
+    result = {
+        "guidance_scale": args.guidance_scale,
+        "num_inference_steps": args.num_inference_steps,
+        "scheduler": args.scheduler,
+        "seed": args.seed,
+        "wordings": args.split or "all",
+        "images": len(labels),
+        "accuracy": accuracy,
+        "accuracy_per_class": per_class,
+        "frechet_distance": distance,
+    }
+    print(f"accuracy {accuracy:.1%} on {len(labels)} samples, {reference['test_accuracy']:.1%} on real test images")
+    print(f"Frechet distance {distance:.3f} ({reference['frechet_distance_of_test_images']:.3f} for real test images)")
+    print(f"guidance {args.guidance_scale}, {args.num_inference_steps} steps of {args.scheduler}, {seconds:.0f} s")
+
+    picture = grid(images, len(reference["classes"]), columns=12)
+    if args.output_dir:
+        output = Path(args.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        picture.save(output / "samples.png")
+        (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    if args.record:
+        picture.save(folder / "samples.png", optimize=True)
+        path = reference_dir / "reference.json"
+        path.write_text(json.dumps({**reference, "samples": result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
