@@ -28,7 +28,9 @@ def blocks(language):
 
 @pytest.mark.slow
 def test_the_commands_for_learning(tmp_path):
-    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if " -m training." in line]
+    commands = [
+        shlex.split(line) for block in blocks("bash") for line in block.splitlines() if " -m training." in line
+    ]
     assert [command[2] for command in commands] == list(SHORTER)
     for _, flag, module, *arguments in commands:
         arguments = [a.replace("outputs/", f"{tmp_path}/", 1) for a in arguments] + SHORTER[module]

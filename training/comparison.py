@@ -85,7 +85,9 @@ def stock_contenders(config, nfe: int) -> Iterator[Contender]:
 
 
 @torch.no_grad()
-def sample(pipe, contender: Contender, pairs: TeacherSet, *, guidance_scale: float | None, batch_size: int = 32, **call) -> None:
+def sample(
+    pipe, contender: Contender, pairs: TeacherSet, *, guidance_scale: float | None, batch_size: int = 32, **call
+) -> None:
     """Run the pipeline with this scheduler from the set's noises; fills in ends, distances and evaluations."""
     calls = 0
     networks = denoisers(pipe)

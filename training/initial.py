@@ -21,11 +21,13 @@ GRIDS = {
     "vp_linear": VP_GRIDS,
     "vp_cosine": VP_GRIDS,
     "ve": ("logsnr", "polynomial"),
-    "flow": ("time_uniform", "time_quadratic", "edm"),
+    "flow": ("time_uniform", "flow_linear", "time_quadratic", "edm"),
 }
 STOCK = ("stock", "stock_karras", "stock_exponential")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
-BEFORE_ZERO = "_before_zero"  # the named grid ends at t_min and the step to 0 comes after; else 0 stands for its last level
+BEFORE_ZERO = (
+    "_before_zero"  # the named grid ends at t_min and the step to 0 comes after; else 0 stands for its last level
+)
 
 
 def grid_schedule(
@@ -37,13 +39,15 @@ def grid_schedule(
     *,
     final_sigmas_type: str = "zero",
     stock_config: dict | None = None,
+    final: bool = False,
 ) -> Schedule:
     """The schedule of a named grid for `nfe` evaluations.
 
     Args:
-        name: a discretization, perhaps followed by "_before_zero"; "stock", "stock_karras", "stock_exponential": what
+        name: a discretization ("poly" with rho 3, "flow_linear" with shift 3), perhaps followed by "_before_zero"; "stock", "stock_karras", "stock_exponential": what
             Diffusers makes of `stock_config`, on discrete variance-preserving paths.
         final_sigmas_type: "zero" ends in clean data, "sigma_min" at `path.t_min`.
+        final: take no resolution shift, see [`Schedule`].
 
     Raises:
         ValueError: for an unknown name, or a grid that this path, count or solver cannot have.
@@ -58,8 +62,13 @@ def grid_schedule(
         if stock_config is None or path.kind != "vp_discrete":
             raise ValueError(f"the grid {name!r} needs a model with betas; use one of {', '.join(GRIDS[path.kind])}")
         config = {**stock_config, "final_sigmas_type": final_sigmas_type}
-        config.update({key: False for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")})
-        config.update({"use_lu_lambdas": False, **({f"use_{name.removeprefix('stock_')}_sigmas": True} if name != "stock" else {})})
+        config.update(dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False))
+        config.update(
+            {
+                "use_lu_lambdas": False,
+                **({f"use_{name.removeprefix('stock_')}_sigmas": True} if name != "stock" else {}),
+            }
+        )
         times, timesteps = stock_times(config, path, steps)
         network_times = path.time(timesteps).clamp(path.t_min, path.t_max)
         # Stock's rounding may repeat or exceed a level; the network is told the levels' own times there.
@@ -68,7 +77,7 @@ def grid_schedule(
         times = _named(name, path, steps, to_zero)
     if solver.stages > 1:
         times, network_times = solver.expand_to(path, times, rows), None
-    return Schedule(times, network_times, spec, path.kind, prediction_type)
+    return Schedule(times, network_times, spec, path.kind, prediction_type, final=final)
 
 
 def _named(name: str, path: NoisePath, steps: int, to_zero: bool) -> Tensor:
@@ -76,16 +85,16 @@ def _named(name: str, path: NoisePath, steps: int, to_zero: bool) -> Tensor:
     if base not in DISCRETIZATIONS:
         known = ", ".join([*DISCRETIZATIONS, *STOCK])
         raise ValueError(f"unknown discretization {name!r}; use one of {known}, or the folder of a saved schedule")
-    rho = 3.0 if base == "poly" else None
+    options = {"poly": {"rho": 3.0}, "flow_linear": {"shift": 3.0}}.get(base, {})
     if not to_zero:
         if name != base:
             raise ValueError(f"{name!r} ends in clean data; use {base!r}, or final_sigmas_type='zero'")
-        return discretization(base, path, steps, rho=rho)
+        return discretization(base, path, steps, **options)
     if name != base:
         if steps < 2:
             raise ValueError(f"{name!r} needs at least two steps; use {base!r}")
-        return append_zero(discretization(base, path, steps - 1, rho=rho))
-    return append_zero(discretization(base, path, steps, rho=rho)[:-1])
+        return append_zero(discretization(base, path, steps - 1, **options))
+    return append_zero(discretization(base, path, steps, **options)[:-1])
 
 
 def candidates(
@@ -96,6 +105,7 @@ def candidates(
     *,
     final_sigmas_type: str = "zero",
     stock_config: dict | None = None,
+    final: bool = False,
 ) -> dict[str, Schedule]:
     """All hand-made schedules that this path, count and solver can have, by name."""
     names = list(GRIDS[path.kind])
@@ -106,9 +116,8 @@ def candidates(
     found = {}
     for name in names:
         try:
-            schedule = grid_schedule(
-                name, path, nfe, spec, prediction_type, final_sigmas_type=final_sigmas_type, stock_config=stock_config
-            )
+            options = {"final_sigmas_type": final_sigmas_type, "stock_config": stock_config, "final": final}
+            schedule = grid_schedule(name, path, nfe, spec, prediction_type, **options)
             schedule.table(path)
         except ValueError:
             continue
@@ -156,7 +165,9 @@ def saved_schedule(folder: str | Path, path: NoisePath, nfe: int, spec: SolverSp
         ("prediction type", prediction_type, schedule.prediction_type),
     ):
         if mine != its:
-            raise ValueError(f"the schedule in {str(folder)!r} has {name} {its!r}, this model {mine!r}; start from a grid")
+            raise ValueError(
+                f"the schedule in {str(folder)!r} has {name} {its!r}, this model {mine!r}; start from a grid"
+            )
     levels = {solver.make().stages for solver in (spec, schedule.spec)}
     if len(levels) > 1 or spec.afs != schedule.spec.afs or (levels == {2} and spec.solver != schedule.spec.solver):
         raise ValueError(f"{spec.solver} cannot start from levels made for {schedule.spec.solver}; start from a grid")

@@ -142,6 +142,7 @@ def learn(
     checkpointing_steps: int | None = None,
     checkpoints_total_limit: int | None = None,
     resume_from_checkpoint: str | Path | None = None,
+    facts: dict[str, str | int | float | None] | None = None,
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> LearnResult:
     """Learn a schedule.
@@ -159,6 +160,7 @@ def learn(
         checkpoints_total_limit: how many of them are kept.
         resume_from_checkpoint: a checkpoint's folder, or "latest" in `checkpoint_dir`. On the CPU the result is bit for bit
             that of a run that was never interrupted.
+        facts: what else a continuation must have in common with the run, such as the loss.
         callback: called with the number of done iterations and the newest history entry.
 
     Raises:
@@ -170,7 +172,7 @@ def learn(
     recipe = DefaultRecipe() if recipe is None else recipe
     problem = Problem(rollout, train_pairs, valid_pairs, path, objective, accelerator, device)
     checkpoints = Checkpoints(checkpoint_dir, checkpoints_total_limit, problem)
-    identity = _identity(recipe, initial, problem, seed)
+    identity = {**_identity(recipe, initial, problem, seed), **(facts or {})}
     state = checkpoints.load(resume_from_checkpoint, identity)
     kind = DefaultLearner if recipe.name == "default" else PublishedLearner
     learner = kind(problem, recipe, initial, seed)

@@ -30,7 +30,8 @@ class DefaultLearner:
             raise ValueError("this schedule has no free times; learn network_times too, or use more evaluations")
         rates = {"times": recipe.lr_times, "network_times": recipe.lr_network_times}
         self.optimizer = torch.optim.Adam(
-            [{"params": [value], "lr": rates[name]} for name, value in self.parameters.groups.items()], betas=recipe.betas
+            [{"params": [value], "lr": rates[name]} for name, value in self.parameters.groups.items()],
+            betas=recipe.betas,
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         count = len(problem.train)
@@ -105,7 +106,9 @@ class DefaultLearner:
 
         entry = {"loss": float(loss), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         if bool(packed.isfinite().all()):
-            entry["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters.parameters(), recipe.max_grad_norm))
+            entry["grad_norm"] = float(
+                torch.nn.utils.clip_grad_norm_(self.parameters.parameters(), recipe.max_grad_norm)
+            )
             self.optimizer.step()
             self.skipped = 0
         else:

@@ -153,7 +153,9 @@ class PublishedLearner:
         moved = start.detach() - self.shift_lr * start.grad / scale
         away = moved - noise
         norm = away.flatten(1).norm(dim=1).view(-1, *[1] * (noise.ndim - 1))
-        return torch.where(norm > self.bound, noise + self.bound * away / norm.clamp(min=1e-30), moved), losses.detach()
+        return torch.where(
+            norm > self.bound, noise + self.bound * away / norm.clamp(min=1e-30), moved
+        ), losses.detach()
 
     def _accept(self, which, indices, mine, batch, moved, old) -> int:
         """Keeps those x' whose loss fell; returns how many did, over all processes."""

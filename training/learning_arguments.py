@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the pipeline")
 
     pairs = p.add_argument_group("pairs")
-    pairs.add_argument("--teacher_set", help="folder made by make_teacher_set; default: one is made in the output folder")
+    pairs.add_argument(
+        "--teacher_set", help="folder made by make_teacher_set; default: one is made in the output folder"
+    )
     pairs.add_argument("--validation_set", help="another such folder; default: the end of the teacher set is held out")
     pairs.add_argument("--num_train", type=int, help="training pairs (default: all that are not held out)")
     pairs.add_argument("--num_valid", type=int, help="validation pairs (default: the validation set, or a third)")
@@ -70,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     pairs.add_argument("--caption_column", help="without --teacher_set: column of a .csv prompts file")
     pairs.add_argument("--negative_prompt", help="without --teacher_set: for all prompts")
     pairs.add_argument("--resolution", type=int, help="without --teacher_set: height and width in pixels")
-    pairs.add_argument("--teacher_steps", type=int, default=50, help="without --teacher_set: the teacher's evaluations")
+    pairs.add_argument(
+        "--teacher_steps", type=int, default=50, help="without --teacher_set: the teacher's evaluations"
+    )
 
     schedule = p.add_argument_group("schedule")
     schedule.add_argument("--nfe", type=int, required=True, help="network evaluations, guidance's doubling apart")
@@ -78,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     schedule.add_argument("--solver_order", type=int, help="default: the solver's own")
     kinds = sorted({kind for kinds in VARIANTS.values() for kind in kinds})
     schedule.add_argument("--solver_type", choices=kinds, help="default: the solver's own")
-    schedule.add_argument("--predict_x0", action=argparse.BooleanOptionalAction, default=True, help="data or noise form")
+    schedule.add_argument(
+        "--predict_x0", action=argparse.BooleanOptionalAction, default=True, help="data or noise form"
+    )
     schedule.add_argument("--lower_order_final", action=argparse.BooleanOptionalAction, default=True)
     schedule.add_argument("--afs", action="store_true", help="analytical first step, which costs no evaluation")
     schedule.add_argument(
@@ -93,13 +99,17 @@ def parser() -> argparse.ArgumentParser:
     learning = p.add_argument_group("learning")
     learning.add_argument("--recipe", choices=sorted(RECIPES), default="default")
     learning.add_argument("--loss", choices=LOSSES, default="l2")
-    learning.add_argument("--loss_space", choices=LOSS_SPACES, help="default: pixel for lpips and stlpips, else latent")
+    learning.add_argument(
+        "--loss_space", choices=LOSS_SPACES, help="default: pixel for lpips and stlpips, else latent"
+    )
     learning.add_argument("--lpips_net", choices=["vgg", "alex"], default="vgg")
     for field, (name, kind, text) in RECIPE_ARGUMENTS.items():
         learning.add_argument(f"--{name or field}", dest=f"recipe_{field}", type=kind, help=text)
     for field, text in RECIPE_FLAGS.items():
         learning.add_argument(f"--{field}", dest=f"recipe_{field}", action=argparse.BooleanOptionalAction, help=text)
-    learning.add_argument("--seed", type=int, default=0, help="of the order of the pairs, and of a teacher set made here")
+    learning.add_argument(
+        "--seed", type=int, default=0, help="of the order of the pairs, and of a teacher set made here"
+    )
     learning.add_argument("--allow_worse", action="store_true", help="save even what loses to a hand-made grid")
 
     output = p.add_argument_group("output")
@@ -129,7 +139,9 @@ def check(args: argparse.Namespace) -> None:
     if args.teacher_set is not None:
         for name in ("prompts_file", "caption_column", "negative_prompt", "resolution"):
             if getattr(args, name) is not None:
-                raise ValueError(f"--{name} is for a teacher set made here, but --teacher_set is given; drop one of them")
+                raise ValueError(
+                    f"--{name} is for a teacher set made here, but --teacher_set is given; drop one of them"
+                )
     elif args.validation_set is not None:
         raise ValueError("--validation_set needs a --teacher_set beside it")
     if args.final_sigmas_type is None:
@@ -141,7 +153,9 @@ def check(args: argparse.Namespace) -> None:
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe with the values given; a `ValueError` names an argument that belongs to the other recipe."""
     fields = [*RECIPE_ARGUMENTS, *RECIPE_FLAGS]
-    given = {field: getattr(args, f"recipe_{field}") for field in fields if getattr(args, f"recipe_{field}") is not None}
+    given = {
+        field: getattr(args, f"recipe_{field}") for field in fields if getattr(args, f"recipe_{field}") is not None
+    }
     known = RECIPES[args.recipe].__dataclass_fields__
     for field in given:
         if field not in known:

@@ -96,6 +96,29 @@ class Decoded:
         return self.distance(self.decode(end), target)
 
 
+def make_distance(loss: str, loss_space: str, lpips_net: str = "vgg") -> Objective:
+    """The distance of that name, without decoding.
+
+    Raises:
+        ValueError: for an unknown name, or a perceptual loss on latents.
+        ImportError: for a loss whose package is missing.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; use one of {', '.join(LOSSES)}")
+    if loss_space not in LOSS_SPACES:
+        raise ValueError(f"unknown loss_space {loss_space!r}; use 'latent' or 'pixel'")
+    if loss in PERCEPTUAL and loss_space == "latent":
+        raise ValueError(f"the loss {loss!r} compares images; use loss_space='pixel', or 'l1' or 'l2' on latents")
+    makers = {
+        "l1": lambda: l1,
+        "l2": lambda: l2,
+        "huber": Huber,
+        "stlpips": _ShiftTolerant,
+        "lpips": lambda: LPIPS(lpips_net),
+    }
+    return makers[loss]()
+
+
 def make_objective(
     loss: str,
     *,
@@ -112,20 +135,11 @@ def make_objective(
         lpips_net: "vgg" or "alex".
 
     Raises:
-        ValueError: for an unknown name, or a perceptual loss on latents.
-        ImportError: for a loss whose package is missing.
+        ValueError, ImportError: as [`make_distance`], and for "pixel" without a decoder.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; use one of {', '.join(LOSSES)}")
-    if loss_space not in LOSS_SPACES:
-        raise ValueError(f"unknown loss_space {loss_space!r}; use 'latent' or 'pixel'")
-    if loss_space == "pixel" and decode is None:
+    distance = make_distance(loss, loss_space, lpips_net)
+    if loss_space == "latent":
+        return distance
+    if decode is None:
         raise ValueError("loss_space='pixel' needs a decoder; use loss_space='latent' for models without one")
-    if loss in PERCEPTUAL and loss_space == "latent":
-        raise ValueError(f"the loss {loss!r} compares images; use loss_space='pixel', or 'l1' or 'l2' on latents")
-    if loss == "lpips":
-        distance = LPIPS(lpips_net)
-    else:
-        distance = {"l1": l1, "l2": l2, "huber": Huber(), "stlpips": _ShiftTolerant}[loss]
-        distance = distance() if loss == "stlpips" else distance
-    return Decoded(distance, decode) if loss_space == "pixel" else distance
+    return Decoded(distance, decode)

@@ -59,7 +59,9 @@ class _Groups:
         shapes = {name: tuple(value.shape) for name, value in self.groups.items()}
         given = {name: tuple(value.shape) for name, value in state.items()}
         if shapes != given:
-            raise ValueError(f"saved parameters {given} do not fit {shapes}; resume with the arguments of the first run")
+            raise ValueError(
+                f"saved parameters {given} do not fit {shapes}; resume with the arguments of the first run"
+            )
         with torch.no_grad():
             for name, value in self.groups.items():
                 value.copy_(state[name])
@@ -275,7 +277,9 @@ class GapParameters(_Groups):
         fraction = torch.where(way > 0, offset / way.clamp(min=1e-300), torch.zeros_like(offset))
         inner = fraction.abs() < 1 - 1e-12
         offsets = torch.atanh(torch.where(inner, fraction, fraction.sign() * (1 - 1e-12)))
-        return offsets[1:] if self.initial.spec.afs else offsets  # the first network time of AFS is asked of no network
+        return (
+            offsets[1:] if self.initial.spec.afs else offsets
+        )  # the first network time of AFS is asked of no network
 
     def _network_levels(self, levels: Tensor) -> Tensor:
         b = self._values["network_times"]
@@ -284,7 +288,9 @@ class GapParameters(_Groups):
         left, right = self._ways(levels)
         magnitude = torch.where(b >= 0, torch.tanh(b), -torch.tanh(b))  # |tanh b|, of slope 1 at 0 where abs has 0
         two_sided = torch.where(b >= 0, right, left) * torch.tanh(b)
-        offset = torch.where(self.left_closed, right * magnitude, torch.where(self.right_closed, -left * magnitude, two_sided))
+        offset = torch.where(
+            self.left_closed, right * magnitude, torch.where(self.right_closed, -left * magnitude, two_sided)
+        )
         return levels[self.index][: len(b)] + offset
 
     def schedule(self) -> Schedule:

@@ -93,15 +93,15 @@ class DefaultRecipe:
     max_steps: int = 300
     batch_size: int | None = 16
     micro_batch_size: int | None = None
-    lr_times: float = 0.03
-    lr_network_times: float = 0.01
+    lr_times: float = 0.1
+    lr_network_times: float = 0.03
     warmup_steps: int = 0
     times_first: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float = 1.0
     validation_steps: int = 10
     patience: int | None = None
-    averaging: float | None = None
+    averaging: float | None = 0.98
     relaxation: float = 0.0
     relaxation_lr: float = 0.1
 

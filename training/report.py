@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ld3_diffusers import LD3Scheduler
@@ -110,11 +109,9 @@ def _sigmas(scheduler) -> Tensor:
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
-def pick_columns(prompt_indices: list[int], prompts: list[str], count: int) -> list[int]:
-    """Samples to show: the first of each of `count` different prompts, evenly over the prompts that occur."""
+def pick_columns(prompt_indices: list[int], count: int) -> list[int]:
+    """Samples to show: the first of each of the first `count` different prompts."""
     first: dict[int, int] = {}
     for sample, prompt in enumerate(prompt_indices):
         first.setdefault(prompt, sample)
-    chosen = list(first.values())
-    positions = torch.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().long().tolist()
-    return [chosen[p] for p in positions]
+    return list(first.values())[:count]

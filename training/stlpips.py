@@ -20,7 +20,9 @@ def weights_file() -> Path:
     """Where the weights lie. Raises an `ImportError` without the package."""
     spec = importlib.util.find_spec("stlpips_pytorch")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the loss 'stlpips' needs weights; install them with `pip install --no-deps stlpips_pytorch`")
+        raise ImportError(
+            "the loss 'stlpips' needs weights; install them with `pip install --no-deps stlpips_pytorch`"
+        )
     return Path(next(iter(spec.submodule_search_locations)), "weights", "vST0.0", "alex_shift_tolerant.pth")
 
 
@@ -43,7 +45,9 @@ class ShiftTolerantLPIPS(torch.nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         def convolve(x, layer, padding):
-            return F.conv2d(x, getattr(self, f"net_{layer}_weight"), getattr(self, f"net_{layer}_bias"), padding=padding)
+            return F.conv2d(
+                x, getattr(self, f"net_{layer}_weight"), getattr(self, f"net_{layer}_bias"), padding=padding
+            )
 
         def blur(x, layer):
             kernel = getattr(self, f"net_{layer}_filt")

@@ -31,7 +31,7 @@ from .arguments import parse, usage_errors
 from .initial import BEFORE_ZERO, STOCK, candidates, grid_schedule, grid_search, saved_schedule
 from .learner import LearnResult, Problem, learn
 from .learning_arguments import check, parser, recipe_of
-from .objectives import make_objective
+from .objectives import Decoded, Objective, make_distance
 from .recipe import Recipe
 from .rollout import PipelineRollout
 from .schedule_plot import plot_schedules
@@ -41,7 +41,15 @@ from .teacher_set import TeacherSet, check_disjoint
 
 CONFIG = "scheduler_config.json"
 PAIRS_MADE_HERE = 128  # without --teacher_set and counts
-MODEL_KEYS = ("noise_path", "prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+MODEL_KEYS = (
+    "noise_path",
+    "prediction_type",
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+)
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,18 @@ def main(argv=None) -> None:
     with usage_errors(command_line):
         check(args)
         recipe = recipe_of(args)
-        spec = SolverSpec(args.solver, args.solver_order, args.solver_type, args.predict_x0, args.lower_order_final, args.afs)
+        spec = SolverSpec(
+            args.solver, args.solver_order, args.solver_type, args.predict_x0, args.lower_order_final, args.afs
+        )
         spec.make()
         check_start(args)
         check_teacher_name(args.pretrained_model_name_or_path)
         existing(args)
-        train(args, recipe, spec)
+        try:
+            distance = make_distance(args.loss, args.loss_space, args.lpips_net)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        train(args, recipe, spec, distance)
 
 
 def check_start(args: argparse.Namespace) -> None:
@@ -91,7 +105,7 @@ def existing(args: argparse.Namespace) -> LD3Scheduler | None:
     return LD3Scheduler.from_pretrained(args.output_dir) if (folder / CONFIG).exists() else None
 
 
-def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec) -> None:
+def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: Objective) -> None:
     folder = Path(args.output_dir, f"nfe-{args.nfe}")
     tracker = None if args.report_to == "none" else args.report_to
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir))
@@ -115,13 +129,12 @@ def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec) -> None:
     with PipelineRollout(pipe, **options) as rollout:
         config, path = rollout.scheduler.config, rollout.path
         check_existing(existing(args), config)
-        decode, space = rollout.decode, args.loss_space
-        objective = make_objective(args.loss, loss_space=space, decode=decode, lpips_net=args.lpips_net)
+        objective = Decoded(distance, rollout.decode) if args.loss_space == "pixel" else distance
         problem = Problem(rollout, training, validation, path, objective, accelerator)
-        grids = candidates(
-            path, args.nfe, spec, config.prediction_type, final_sigmas_type=args.final_sigmas_type, stock_config=dict(stock)
-        )
-        start, initial = starting_point(args, recipe, spec, problem, grids, config)
+        # Times of flow models are learned before their resolution shift, where that is possible.
+        grid = {"final_sigmas_type": args.final_sigmas_type, "final": bool(config.shift_terminal)}
+        grids = candidates(path, args.nfe, spec, config.prediction_type, stock_config=dict(stock), **grid)
+        start, initial = starting_point(args, recipe, spec, problem, grids, grid, config)
         accelerator.print(f"starting from {start}")
         check_gradients(problem, initial)
         result = run(args, recipe, problem, initial, folder, accelerator)
@@ -190,7 +203,9 @@ def made_here(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     return folder
 
 
-def starting_point(args, recipe, spec, problem: Problem, grids: dict[str, Schedule], config) -> tuple[str, Schedule]:
+def starting_point(
+    args, recipe, spec, problem, grids: dict[str, Schedule], grid: dict, config
+) -> tuple[str, Schedule]:
     """What learning starts from, and its name."""
     path, name = problem.path, args.discretization
     if name == "best" and recipe.name == "published":
@@ -205,9 +220,7 @@ def starting_point(args, recipe, spec, problem: Problem, grids: dict[str, Schedu
         return name, grids[name]
     if Path(name).exists():
         return Path(name).name, saved_schedule(name, path, args.nfe, spec, config.prediction_type)
-    return name, grid_schedule(
-        name, path, args.nfe, spec, config.prediction_type, final_sigmas_type=args.final_sigmas_type
-    )
+    return name, grid_schedule(name, path, args.nfe, spec, config.prediction_type, **grid)
 
 
 def check_gradients(problem: Problem, initial: Schedule) -> None:
@@ -216,14 +229,17 @@ def check_gradients(problem: Problem, initial: Schedule) -> None:
 
 
 def run(args, recipe, problem: Problem, initial: Schedule, folder: Path, accelerator: Accelerator) -> LearnResult:
-    if accelerator.log_with:
-        accelerator.init_trackers("train_ld3", {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))})
     steps = recipe.max_steps if recipe.name == "default" else recipe.steps(len(problem.train))
     progress = tqdm(total=steps, desc="learning", unit="step", disable=not accelerator.is_local_main_process)
 
     def report(done: int, entry: dict[str, float]) -> None:
         progress.update(done - progress.n)
-        progress.set_postfix({key: f"{value:.3g}" for key, value in entry.items() if key.endswith("loss")}, refresh=False)
+        progress.set_postfix(
+            {key: f"{value:.3g}" for key, value in entry.items() if key.endswith("loss")}, refresh=False
+        )
+        if accelerator.log_with and not accelerator.trackers:
+            settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+            accelerator.init_trackers("train_ld3", settings)
         if accelerator.log_with:
             accelerator.log({key: value for key, value in entry.items() if math.isfinite(value)}, step=done)
 
@@ -242,6 +258,7 @@ def run(args, recipe, problem: Problem, initial: Schedule, folder: Path, acceler
             checkpointing_steps=args.checkpointing_steps,
             checkpoints_total_limit=args.checkpoints_total_limit,
             resume_from_checkpoint=args.resume_from_checkpoint,
+            facts={name: getattr(args, name) for name in ("loss", "loss_space", "lpips_net", "guidance_scale")},
             callback=report,
         )
     finally:
@@ -332,7 +349,8 @@ def save(args, result: LearnResult, stock, path, folder: Path, pictures: dict[st
     try:
         scheduler.save_pretrained(partial)
         LD3Scheduler.from_pretrained(partial)
-        log = "".join(json.dumps({"step": i + 1, **entry}) + "\n" for i, entry in enumerate(result.history))
+        numbers = [{k: v if math.isfinite(v) else None for k, v in entry.items()} for entry in result.history]
+        log = "".join(json.dumps({"step": i + 1, **entry}) + "\n" for i, entry in enumerate(numbers))
         (partial / "training_log.jsonl").write_text(log, encoding="utf-8")
         plot_schedules(pictures, path, partial / "schedule.png")
         folder.mkdir(exist_ok=True)

@@ -101,7 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", default=DATA_DIR)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--num_train_epochs", type=int, default=6)
+    parser.add_argument("--num_train_epochs", type=int, default=4)
     parser.add_argument("--train_batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)

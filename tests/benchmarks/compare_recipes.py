@@ -36,13 +36,11 @@ RECIPES = {
     "full batch": replace(D, batch_size=None),
     "batch 4": replace(D, batch_size=4),
     "times first": replace(D, times_first=0.33),
-    "averaging": replace(D, averaging=0.98),
+    "no averaging": replace(D, averaging=None),
     "relaxation": replace(D, relaxation=1e-3),
     "wide relaxation": replace(D, relaxation=1e-2),
-    "slow offsets": replace(D, lr_network_times=0.005),
-    "fast offsets": replace(D, lr_network_times=0.03),
-    "slow gaps": replace(D, lr_times=0.01),
-    "fast gaps": replace(D, lr_times=0.06),
+    "slow": replace(D, lr_times=0.03, lr_network_times=0.01),
+    "fast": replace(D, lr_times=0.2, lr_network_times=0.06),
     "150 steps": replace(D, max_steps=150),
     "600 steps": replace(D, max_steps=600),
 }
@@ -51,7 +49,7 @@ RECIPES = {
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["published, lambda", "published, time", "default"])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["published, time", "default"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=50)
     args = parser.parse_args(argv)

@@ -42,7 +42,9 @@ def measure(rollout: PipelineRollout, nfe: int, batch: int) -> dict[str, float]:
         end = rollout(schedule, noise, conditioning)
     for handle in handles:
         handle.remove()
-    sizes = [(t.untyped_storage().nbytes(), t.untyped_storage().nbytes() // t.element_size()) for t in storages.values()]
+    sizes = [
+        (t.untyped_storage().nbytes(), t.untyped_storage().nbytes() // t.element_size()) for t in storages.values()
+    ]
     latents = sum(size for size, count in sizes if count in (noise.numel(), 2 * noise.numel()))
     end.float().square().sum().backward()
     after = rollout.evaluations.forward, rollout.evaluations.recomputed, rollout.evaluations.backward
@@ -63,7 +65,9 @@ def main(argv=None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     args = parser.parse_args(argv)
     pipe = DiffusionPipeline.from_pretrained(args.teacher)
-    print(f"{'NFE':>4}{'checkpointed':>14}{'forward':>9}{'again':>7}{'backward':>10}{'cost':>6}{'latents, kB':>13}{'other, kB':>11}")
+    print(
+        f"{'NFE':>4}{'checkpointed':>14}{'forward':>9}{'again':>7}{'backward':>10}{'cost':>6}{'latents, kB':>13}{'other, kB':>11}"
+    )
     for checkpointing in (True, False):
         with PipelineRollout(pipe, guidance_scale=3.0, checkpointing=checkpointing) as rollout:
             for nfe in (4, 10):

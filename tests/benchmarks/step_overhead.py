@@ -58,7 +58,9 @@ def synchronisations(scheduler, sample, output, steps) -> int:
     """How often the driver was made to wait during the steps of one loop."""
     scheduler.set_timesteps(steps, device="cuda")
     scheduler.step(output, scheduler.timesteps[0], sample, return_dict=False)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as p:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as p:
         for t in scheduler.timesteps[1:]:
             scheduler.step(output, t, sample, return_dict=False)
     return sum(e.count for e in p.key_averages() if "Synchronize" in e.key or e.key == "aten::_local_scalar_dense")
@@ -81,7 +83,10 @@ def main(argv=None) -> dict[str, float]:
             for name, scheduler in entries:
                 times.setdefault(name, []).append(one_round(scheduler, sample, output, args.steps, args.device))
         medians = {name: statistics.median(values) * 1e6 for name, values in times.items()}
-        print(f"{'':22}{'us/step':>9}{'/ UniPC':>9}{'/ FlowMatchEuler':>18}" + ("   synchronisations" if args.device == "cuda" else ""))
+        print(
+            f"{'':22}{'us/step':>9}{'/ UniPC':>9}{'/ FlowMatchEuler':>18}"
+            + ("   synchronisations" if args.device == "cuda" else "")
+        )
         for name, scheduler in entries:
             line = f"{name:22}{medians[name]:9.1f}{medians[name] / medians['stock UniPC']:9.3f}"
             line += f"{medians[name] / medians['stock FlowMatchEuler']:18.2f}"

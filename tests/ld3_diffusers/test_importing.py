@@ -26,7 +26,9 @@ def test_two_time_lists(path):
     scheduler.set_timesteps(4)
     # network timestep of continuous t is 1000 t - 1, fractional
     assert scheduler.timesteps.tolist() == pytest.approx([1000 * t - 1 for t in TS_2[:-1]], abs=1e-4)
-    assert scheduler.sigmas.tolist() == pytest.approx(path.sigma_edm(torch.tensor(TS_1, dtype=torch.float64)).tolist(), rel=1e-6)
+    assert scheduler.sigmas.tolist() == pytest.approx(
+        path.sigma_edm(torch.tensor(TS_1, dtype=torch.float64)).tolist(), rel=1e-6
+    )
     assert scheduler.learned_counts == [4]
 
 
@@ -44,7 +46,9 @@ def test_sigma_list_with_zero(path):
 
 
 def test_flow_sigmas_are_times():
-    schedule = import_sigmas([1.0, 0.8, 0.5, 0.0], path=RectifiedFlow(), prediction_type="flow_prediction", solver="euler")
+    schedule = import_sigmas(
+        [1.0, 0.8, 0.5, 0.0], path=RectifiedFlow(), prediction_type="flow_prediction", solver="euler"
+    )
     assert schedule.times.tolist() == [1.0, 0.8, 0.5, 0.0]
 
 

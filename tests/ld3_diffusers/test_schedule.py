@@ -157,7 +157,10 @@ def test_interpolation_refused(spec):
         ({"times": [1.0, 0.5], "solver": "dpm"}, "unknown solver 'dpm'; use one of"),
         ({"times": [1.0, 0.5], "solver": ["unipc"]}, "'solver' of a schedule must be a string"),
         ({"times": [1.0, 0.5], "solver": "unipc", "solver_order": 7}, "unipc has no order 7"),
-        ({"times": [1.0, 0.5], "solver": "unipc", "solver_order": "2"}, "'solver_order' of a schedule must be an integer"),
+        (
+            {"times": [1.0, 0.5], "solver": "unipc", "solver_order": "2"},
+            "'solver_order' of a schedule must be an integer",
+        ),
         ({"times": [1.0, 0.5], "solver": "unipc", "solver_type": "midpoint"}, "unipc has no solver_type"),
         ({"times": [1.0, 0.5], "starting_scale": "one"}, "unknown starting_scale 'one'"),
     ],
@@ -188,7 +191,9 @@ def test_entries_of_the_wrong_type(key, value, what):
 
 def test_final_times_are_not_shifted():
     path = RectifiedFlow()
-    schedule = Schedule([1.0, 0.5, 0.0], spec=SolverSpec("euler"), noise_path="flow", prediction_type="flow_prediction")
+    schedule = Schedule(
+        [1.0, 0.5, 0.0], spec=SolverSpec("euler"), noise_path="flow", prediction_type="flow_prediction"
+    )
     assert float(schedule.table(path, mu=1.0).times[1]) == pytest.approx(math.e * 0.5 / (math.e * 0.5 + 0.5))
     assert float(replace(schedule, final=True).table(path, mu=1.0).times[1]) == 0.5
 

@@ -86,7 +86,9 @@ def test_network_times_alone_also_learn(mixture):
     assert result.loss < 0.9 * result.initial_loss
 
 
-@pytest.mark.parametrize("options", [{"averaging": 0.9}, {"relaxation": 1e-3}, {"times_first": 0.5}, {"warmup_steps": 5}])
+@pytest.mark.parametrize(
+    "options", [{"averaging": 0.9}, {"relaxation": 1e-3}, {"times_first": 0.5}, {"warmup_steps": 5}]
+)
 def test_options_of_the_default_recipe_also_learn(mixture, options):
     rollout, train, valid, _ = mixture
     initial = grid_schedule(PATH, "time_quadratic", 4, DPMPP)
@@ -109,7 +111,9 @@ def test_batches_cover_every_pair_and_do_not_depend_on_micro_batches(mixture):
 
     whole = learn(rollout, Recorded(), valid, initial, DefaultRecipe(max_steps=8, batch_size=8), path=PATH)
     assert sorted(seen) == sorted(2 * list(range(32)))
-    parts = learn(rollout, train, valid, initial, DefaultRecipe(max_steps=8, batch_size=8, micro_batch_size=3), path=PATH)
+    parts = learn(
+        rollout, train, valid, initial, DefaultRecipe(max_steps=8, batch_size=8, micro_batch_size=3), path=PATH
+    )
     torch.testing.assert_close(parts.schedule.times, whole.schedule.times, atol=1e-10, rtol=0)
 
 
@@ -347,7 +351,10 @@ def _learn_on_two_processes(folder):
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     from accelerate import debug_launcher
+    from accelerate.state import AcceleratorState
 
+    # the processes are forks of this one, in which an earlier test may have settled that there is only one
+    AcceleratorState._reset_state(reset_partial_state=True)
     debug_launcher(_learn_on_two_processes, (str(tmp_path),), num_processes=2)
     _learn_on_two_processes(tmp_path)
     for name in RECIPES:

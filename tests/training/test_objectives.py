@@ -35,7 +35,9 @@ def test_huber_is_l2_for_close_pairs_and_l1_for_far_ones():
     target = torch.zeros(1, 4)
     near, far = torch.full((1, 4), 1e-4), torch.full((1, 4), 1e3)
     huber = Huber(c=0.03)
-    torch.testing.assert_close(huber(near.double(), target.double()), l2(near, target).double() / 0.06, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        huber(near.double(), target.double()), l2(near, target).double() / 0.06, rtol=1e-4, atol=0
+    )
     torch.testing.assert_close(huber(far, target), l1(far, target), rtol=1e-4, atol=0)
 
 
@@ -134,5 +136,3 @@ def test_small_and_grey_images_are_enlarged_and_repeated(stlpips):
     assert enlarge(random(1, 3, 80, 96), 64).shape == (1, 3, 80, 96)
     with pytest.raises(ValueError, match="1 or 3 channels"):
         stlpips(random(1, 4, 64, 64), random(1, 4, 64, 64))
-
-

@@ -192,9 +192,7 @@ def test_given_network_times_are_kept_and_fences_move_for_them():
     u[-1] = u[-1].clamp(max=lam[-1])
     initial = Schedule(times, path.inverse_lam(u), SolverSpec("dpmpp"), path.kind)
     parameters = GapParameters(initial, path)
-    torch.testing.assert_close(
-        parameters.schedule().network_times.detach(), initial.network_times, atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(parameters.schedule().network_times.detach(), initial.network_times, atol=1e-12, rtol=0)
     randomise(parameters, 0)
     parameters.schedule().table(path)
     # One evaluation told what comes after the next level cannot be fenced in.
@@ -205,7 +203,9 @@ def test_given_network_times_are_kept_and_fences_move_for_them():
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize(("solver", "end"), [("dpmpp", "t_min"), ("unipc", "zero"), ("heun", "zero"), ("dpm2", "t_min")])
+@pytest.mark.parametrize(
+    ("solver", "end"), [("dpmpp", "t_min"), ("unipc", "zero"), ("heun", "zero"), ("dpm2", "t_min")]
+)
 def test_gradients_agree_with_finite_differences(name, solver, end):
     path = PATHS[name]
     parameters = GapParameters(schedule(path, "time_uniform", 5, SolverSpec(solver), end), path)
@@ -249,9 +249,7 @@ def test_the_last_level_before_zero_is_free_down_to_t_min():
         parameters.groups["times"][3] = -50.0
     last = parameters.schedule().times[-2]
     assert path.t_min < last < 1.01 * path.t_min
-    fixed = GapParameters(
-        schedule(path, "time_uniform", 4, SolverSpec("dpmpp"), "zero"), path, last_level="fixed"
-    )
+    fixed = GapParameters(schedule(path, "time_uniform", 4, SolverSpec("dpmpp"), "zero"), path, last_level="fixed")
     randomise(fixed, 0)
     assert abs(float(fixed.schedule().times[-2].detach()) - (0.001 + 0.25 * 0.999)) < 1e-12
 

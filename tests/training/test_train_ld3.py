@@ -23,7 +23,16 @@ def room(tmp_path_factory):
     pipe.save_pretrained(folder / "sd")
     (folder / "prompts.txt").write_text("a red fox\na blue bird\n")
     make_teacher_set.main(
-        ["--teacher", str(folder / "sd"), "--output_dir", str(folder / "pairs"), "--num_samples", "8", "--resolution", "32"]
+        [
+            "--teacher",
+            str(folder / "sd"),
+            "--output_dir",
+            str(folder / "pairs"),
+            "--num_samples",
+            "8",
+            "--resolution",
+            "32",
+        ]
         + ["--num_inference_steps", "20", "--prompts_file", str(folder / "prompts.txt"), "--guidance_scale", "2"]
     )
     return folder
@@ -115,7 +124,9 @@ def test_an_interrupted_run_continues_to_the_same_file(room, tmp_path, monkeypat
 
 def test_a_teacher_set_is_made_where_none_is_given(room, tmp_path):
     output, recipe = tmp_path / "schedules", tmp_path / "recipe.yaml"
-    recipe.write_text("num_train: 3\nnum_valid: 2\nteacher_steps: 8\nresolution: 32\nguidance_scale: 1.5\nlearning_rate: 0.1\n")
+    recipe.write_text(
+        "num_train: 3\nnum_valid: 2\nteacher_steps: 8\nresolution: 32\nguidance_scale: 1.5\nlearning_rate: 0.1\n"
+    )
     given = ["--no_set", "--prompts_file", str(room / "prompts.txt"), "--config", str(recipe), "--allow_worse"]
     train_ld3.main(arguments(room, output, *given))
     made = train_ld3.TeacherSet.load(output / "teacher_set")

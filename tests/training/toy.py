@@ -85,7 +85,9 @@ def grid_schedule(path: NoisePath, name: str, nfe: int, spec: SolverSpec) -> Sch
     )  # fmt: skip
 
 
-def make_pairs(rollout: ToyRollout, count: int, seed: int, shape=(3, 4, 4), nfe: int = 20, grid: str = "logsnr") -> ToyPairs:
+def make_pairs(
+    rollout: ToyRollout, count: int, seed: int, shape=(3, 4, 4), nfe: int = 20, grid: str = "logsnr"
+) -> ToyPairs:
     """From a teacher of UniPC order 3, as LD3's authors use."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
