@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from .noise_path import NoisePath, float64
-from .schedule import Schedule, SolverSpec
+from .schedule import SOLVER_KEYS, Schedule, SolverSpec
 from .schedulers import LD3Scheduler
-from .step_table import check_times
 
 
 def _numbers(values, name: str) -> torch.Tensor:
@@ -40,7 +39,8 @@ def import_times(
     network_times: Sequence[float] | str | None = None,
     *,
     path: NoisePath,
-    prediction_type: str = "epsilon",
+    prediction_type: str | None = None,
+    final: bool = False,
     **solver,
 ) -> Schedule:
     """LD3's `custom_ts_1` and `custom_ts_2`: N + 1 continuous times each, from t_max to t_min in the time of the path.
@@ -50,6 +50,8 @@ def import_times(
         network_times: what the network is told; its last entry, of an evaluation that is never used, may be left out. Defaults
             to `times`.
         path: noise path of the model, e.g. `LD3Scheduler.from_config(pipe.scheduler.config).path`.
+        prediction_type: of the network; default: "flow_prediction" on rectified flow, else "epsilon".
+        final: of rectified flow: the times have their resolution shift already, and no other is applied.
         solver: fields of [`SolverSpec`]; `solver` itself defaults to "unipc".
 
     Raises:
@@ -60,16 +62,21 @@ def import_times(
         network_times = _numbers(network_times, "network_times")
         if len(network_times) == len(times):
             network_times = network_times[:-1]
-    schedule = Schedule(times, network_times, SolverSpec(**solver), path.kind, prediction_type)
-    check_times(schedule.times, schedule.network_times, path)
+    if prediction_type is None:
+        prediction_type = "flow_prediction" if path.kind == "flow" else "epsilon"
+    unknown = sorted(set(solver) - set(SOLVER_KEYS))
+    if unknown:
+        raise ValueError(f"unknown options {unknown}; a schedule's solver has {', '.join(SOLVER_KEYS)}")
+    schedule = Schedule(times, network_times, SolverSpec(**solver), path.kind, prediction_type, final=final)
     schedule.table(path)
     return schedule
 
 
 def import_sigmas(
-    sigmas: Sequence[float] | str, *, path: NoisePath, prediction_type: str = "epsilon", **solver
+    sigmas: Sequence[float] | str, *, path: NoisePath, prediction_type: str | None = None, **solver
 ) -> Schedule:
-    """N + 1 noise levels sigma/alpha, from noise to data and perhaps ending in 0 (AYS, GITS, k-diffusion); on rectified flow s."""
+    """N + 1 noise levels sigma/alpha, from noise to data and perhaps ending in 0 (AYS, GITS, k-diffusion); on
+    rectified flow s, before any resolution shift unless `final=True`. Options as [`import_times`]."""
     sigmas = _numbers(sigmas, "sigmas")
     if bool((sigmas < 0).any()):
         raise ValueError("sigmas must not be negative; give noise levels, from noise to data")
@@ -80,7 +87,7 @@ def import_sigmas(
     return import_times(times, path=path, prediction_type=prediction_type, **solver)
 
 
-def import_pt(file: str | Path, *, path: NoisePath, prediction_type: str = "epsilon", **solver) -> Schedule:
+def import_pt(file: str | Path, *, path: NoisePath, prediction_type: str | None = None, **solver) -> Schedule:
     """A checkpoint of LD3's authors: `best_t_steps` holds both time vectors, N + 1 entries each. Only tensors are read.
 
     Raises:

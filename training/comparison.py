@@ -53,7 +53,9 @@ class Contender:
 
     @property
     def mean(self) -> float:
-        return float(self.distances.mean())
+        """Mean distance; infinite where a sample came out NaN."""
+        mean = float(self.distances.mean())
+        return mean if math.isfinite(mean) else math.inf
 
 
 def stock_contenders(config, nfe: int) -> Iterator[Contender]:
@@ -70,16 +72,15 @@ def stock_contenders(config, nfe: int) -> Iterator[Contender]:
         yield Contender("DPM++ 2M", DPMSolverMultistepScheduler.from_config(config, **flow), nfe)
         return
     for spacing in SPACINGS:
-        for name, kind, steps, options in (
-            ("UniPC", UniPCMultistepScheduler, nfe, {}),
-            ("DPM++ 2M", DPMSolverMultistepScheduler, nfe, {}),
-            ("DEIS", DEISMultistepScheduler, nfe, {}),
-            ("Euler", EulerDiscreteScheduler, nfe, {}),
-            ("DDIM", DDIMScheduler, nfe, {}),
-            ("Heun", HeunDiscreteScheduler, heun_steps, {}),
+        for name, kind, steps in (
+            ("UniPC", UniPCMultistepScheduler, nfe),
+            ("DPM++ 2M", DPMSolverMultistepScheduler, nfe),
+            ("DEIS", DEISMultistepScheduler, nfe),
+            ("Euler", EulerDiscreteScheduler, nfe),
+            ("DDIM", DDIMScheduler, nfe),
+            ("Heun", HeunDiscreteScheduler, heun_steps),
         ):
-            scheduler = kind.from_config(config, timestep_spacing=spacing, **options)
-            yield Contender(name, scheduler, steps, spacing)
+            yield Contender(name, kind.from_config(config, timestep_spacing=spacing), steps, spacing)
     karras = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
     yield Contender("DPM++ 2M Karras", karras, nfe)
 

@@ -98,7 +98,7 @@ class Problem:
         return scale
 
     def mean_loss(self, schedule: Schedule, pairs: Pairs, batch_size: int | None = None) -> float:
-        """Mean loss over all pairs from their own noise, without gradients; a `ValueError` if it is not finite."""
+        """Mean loss over all pairs from their own noise, without gradients."""
         count = len(pairs)
         mine = list(self.mine(count))
         size = max(1, min(batch_size or count, count))

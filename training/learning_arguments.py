@@ -144,6 +144,8 @@ def check(args: argparse.Namespace) -> None:
                 )
     elif args.validation_set is not None:
         raise ValueError("--validation_set needs a --teacher_set beside it")
+    if args.recipe == "published" and args.discretization != "best":
+        raise ValueError("the published recipe starts from its own uniform grid; drop --discretization")
     if args.final_sigmas_type is None:
         args.final_sigmas_type = "sigma_min" if args.recipe == "published" else "zero"
     if args.loss_space is None:

@@ -39,8 +39,11 @@ def write_whole(path: Path, write) -> None:
     """Call `write` with a temporary path beside `path`, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_results(path: Path, learned: Contender, others: list[Contender], facts: dict) -> None:

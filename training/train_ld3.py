@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 import ld3_diffusers
 from ld3_diffusers import LD3Scheduler, Schedule, SolverSpec
 from ld3_diffusers.discretization import DISCRETIZATIONS
+from ld3_diffusers.schedulers.stock_config import BETA_KEYS, FLOW_KEYS, SIGMA_KEYS
 
 from . import make_teacher_set
 from .arguments import parse, usage_errors
@@ -42,14 +43,13 @@ from .teacher_set import TeacherSet, check_disjoint
 CONFIG = "scheduler_config.json"
 PAIRS_MADE_HERE = 128  # without --teacher_set and counts
 MODEL_KEYS = (
-    "noise_path",
-    "prediction_type",
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
+    *("noise_path", "prediction_type", "num_train_timesteps", "shift_terminal", "time_shift_type"),
+    *BETA_KEYS,
+    *FLOW_KEYS,
+    *SIGMA_KEYS,
 )
+# what must be alike in the making of training and validation pairs
+SAME_TARGET = ("guidance_scale", "height", "width", "negative_prompt", "solver", "solver_order", "num_inference_steps")
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,11 @@ def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: 
         device=accelerator.device,
     )
     made = training.whole.provenance
-    for pairs in (training, validation):
-        pairs.whole.check(pipe, guidance_scale=args.guidance_scale, height=made["height"], width=made["width"])
     if args.guidance_scale is None:
         args.guidance_scale = made["guidance_scale"]
+    for pairs in (training, validation):
+        pairs.whole.check(pipe, guidance_scale=args.guidance_scale, height=made["height"], width=made["width"])
+    check_same_target(made, validation.whole.provenance)
     stock = pipe.scheduler.config
     options = {"guidance_scale": args.guidance_scale, "height": made["height"], "width": made["width"]}
     with PipelineRollout(pipe, **options) as rollout:
@@ -203,6 +204,16 @@ def made_here(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     return folder
 
 
+def check_same_target(made: dict, validated: dict) -> None:
+    """Raises a `ValueError` if the validation pairs were not made as the training pairs were."""
+    for name in SAME_TARGET:
+        if made.get(name) != validated.get(name):
+            raise ValueError(
+                f"the validation set was made with {name}={validated.get(name)!r}, the teacher set with {made.get(name)!r}; "
+                "make both with the same settings"
+            )
+
+
 def starting_point(
     args, recipe, spec, problem, grids: dict[str, Schedule], grid: dict, config
 ) -> tuple[str, Schedule]:
@@ -258,7 +269,16 @@ def run(args, recipe, problem: Problem, initial: Schedule, folder: Path, acceler
             checkpointing_steps=args.checkpointing_steps,
             checkpoints_total_limit=args.checkpoints_total_limit,
             resume_from_checkpoint=args.resume_from_checkpoint,
-            facts={name: getattr(args, name) for name in ("loss", "loss_space", "lpips_net", "guidance_scale")},
+            facts={
+                **{name: getattr(args, name) for name in ("loss", "loss_space", "lpips_net", "guidance_scale")},
+                "pairs": [
+                    [
+                        part.whole.provenance.get(name)
+                        for name in ("teacher_digest", "base_seed", "prompts_digest", *SAME_TARGET)
+                    ]
+                    for part in (problem.train, problem.valid)
+                ],
+            },
             callback=report,
         )
     finally:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules that nobody learned: a stock scheduler's grid, a named discretization, or the times of `set_timesteps`' caller."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,7 @@ def requested(
     Raises:
         ValueError: if there is no count, or it is no positive integer or not the length of a grid.
     """
-    timesteps, sigmas = (
-        None if grid is None else grid.tolist() if isinstance(grid, torch.Tensor) else [float(value) for value in grid]
-        for grid in (timesteps, sigmas)
-    )
+    timesteps, sigmas = _as_list("timesteps", timesteps), _as_list("sigmas", sigmas)
     if sigmas and sigmas[-1] == 0:  # EulerDiscreteScheduler, and lists published for it, name the final 0
         sigmas = sigmas[:-1]
     nfe = num_inference_steps
@@ -30,12 +29,21 @@ def requested(
         if timesteps is None and sigmas is None:
             raise ValueError("pass num_inference_steps, the number of network evaluations")
         nfe = len(sigmas if timesteps is None else timesteps)
-    if isinstance(nfe, bool) or int(nfe) != nfe or nfe < 1:
+    if isinstance(nfe, bool) or not isinstance(nfe, numbers.Real) or not nfe >= 1 or nfe % 1 != 0:
         raise ValueError(f"num_inference_steps must be a positive integer, got {nfe!r}")
     for name, grid in (("timesteps", timesteps), ("sigmas", sigmas)):
         if grid is not None and len(grid) != nfe:
             raise ValueError(f"got {len(grid)} {name} for {nfe} evaluations; give one for each")
     return int(nfe), timesteps, sigmas
+
+
+def _as_list(name: str, grid) -> list[float] | None:
+    try:
+        return (
+            None if grid is None else float64(grid).tolist() if isinstance(grid, Tensor) else [float(v) for v in grid]
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a list of numbers, one for each evaluation, got {grid!r:.60}") from error
 
 
 def refuse_custom_grids(nfe: int, **grids) -> None:
