@@ -119,6 +119,8 @@ def import_pt(file: str | Path, *, path: NoisePath, prediction_type: str | None 
 
 def scheduler_for(schedule: Schedule, config) -> LD3Scheduler:
     """An [`LD3Scheduler`] made from a pipeline's `scheduler.config` that serves this schedule."""
-    spec = {key: getattr(schedule.spec, key) for key in ("solver", "solver_order", "solver_type", "predict_x0")}
+    names = ("solver", "solver_order", "solver_type", "predict_x0")
+    # None, a solver's default, is no value to a stock scheduler that may be made from this config
+    spec = {key: getattr(schedule.spec, key) for key in names if getattr(schedule.spec, key) is not None}
     plain = LD3Scheduler.from_config(config, schedules=None)
     return LD3Scheduler.from_config(config, schedules={str(schedule.nfe): schedule.to_dict(plain.path)}, **spec)

@@ -358,7 +358,9 @@ def save(args, result: LearnResult, stock, path, folder: Path, pictures: dict[st
     if present is None:
         spec = schedule.spec
         names = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final")
-        scheduler = LD3Scheduler.from_config(stock, **{name: getattr(spec, name) for name in names}, schedules=entry)
+        # None, a solver's default, is no value to a stock scheduler that may be made from this config
+        given = {name: getattr(spec, name) for name in names if getattr(spec, name) is not None}
+        scheduler = LD3Scheduler.from_config(stock, **given, schedules=entry)
     else:
         schedules = {**(present.config.schedules or {}), **entry}
         ordered = {count: schedules[count] for count in sorted(schedules, key=int)}

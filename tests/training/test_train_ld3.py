@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 
 from ld3_diffusers import LD3Scheduler
 from tests.tiny_pipelines import PIPELINES
@@ -65,6 +65,7 @@ def test_learns_saves_and_serves_several_counts_from_one_folder(room, tmp_path):
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
     first = LD3Scheduler.from_pretrained(output)
     assert first.learned_counts == [3]
+    UniPCMultistepScheduler.from_pretrained(output)  # a stock class reads it, too
     facts = first.config.schedules["3"]["provenance"]
     assert facts["loss"] < facts["best_grid_loss"]
     assert facts["loss"] == min(entry["valid_loss"] for entry in log if "valid_loss" in entry)
