@@ -2,8 +2,10 @@
 """Command lines with recipes: a YAML file fills in arguments that the command line does not give."""
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import yaml
 
@@ -64,3 +66,14 @@ def usage_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
         yield
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
+
+
+def check_writable(output_dir: str) -> None:
+    """Raises a `ValueError` unless `output_dir` is a writable folder or can be made one."""
+    existing = Path(output_dir).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(
+            f"cannot write to {str(output_dir)!r}: {str(existing)!r} is not a writable folder; choose another --output_dir"
+        )

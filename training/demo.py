@@ -25,7 +25,7 @@ from ld3_diffusers import LD3Scheduler, SolverSpec
 from ld3_diffusers.solvers import SOLVERS
 
 from . import make_teacher_set, train_ld3
-from .arguments import usage_errors
+from .arguments import check_writable, usage_errors
 from .comparison import Contender, best_by_name, sample, stock_contenders
 from .decoding import decode
 from .recipe import RECIPES
@@ -187,6 +187,7 @@ def main(argv=None) -> None:
     output = Path(args.output_dir) / f"nfe-{args.nfe}"
     start = time.perf_counter()
     with usage_errors(command_line):
+        check_writable(args.output_dir)
         SolverSpec(args.solver, args.solver_order).make()
         if args.nfe < 1 or args.num_unseen < 2:
             raise ValueError("--nfe must be at least 1 and --num_unseen at least 2; raise them")

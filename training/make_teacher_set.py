@@ -12,7 +12,6 @@ learning and for evaluation must not share seeds; give the second a `--seed` of 
 import argparse
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import datasets
@@ -27,7 +26,7 @@ from ld3_diffusers import LD3Scheduler
 from ld3_diffusers.discretization import DISCRETIZATIONS
 from ld3_diffusers.solvers import SOLVERS
 
-from .arguments import parse, usage_errors
+from .arguments import check_writable, parse, usage_errors
 from .conditioning import ConditioningStore
 from .prompts import read_prompts
 from .rollout import PipelineRollout
@@ -104,13 +103,8 @@ def check(args: argparse.Namespace) -> list[str] | None:
             raise ValueError("--resolution gives both height and width; drop it, or --height and --width")
         args.height = args.width = args.resolution
     check_teacher_name(args.pretrained_model_name_or_path)
-    existing = Path(args.output_dir).absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if existing != Path(args.output_dir).absolute() and not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(
-            f"cannot write to {args.output_dir!r}: {str(existing)!r} is not a writable folder; choose another --output_dir"
-        )
+    if not Path(args.output_dir).exists():  # a finished set may lie in a folder that is read-only
+        check_writable(args.output_dir)
     if args.prompts_file is None:
         return None
     return read_prompts(args.prompts_file, caption_column=args.caption_column, max_prompts=args.max_prompts)

@@ -56,6 +56,7 @@ class LPIPS:
 
     Raises:
         ImportError: without the package.
+        ValueError: if its weights cannot be downloaded.
     """
 
     def __init__(self, net: str = "vgg", smallest_side: int | None = None, **options):
@@ -67,7 +68,13 @@ class LPIPS:
                 "them as training/README.md says, or use the loss 'stlpips', whose weights come in a package"
             ) from error
         self.smallest_side = {"alex": 64}.get(net, 0) if smallest_side is None else smallest_side
-        self.network = lpips.LPIPS(net=net, verbose=False, **options).eval().requires_grad_(False)
+        try:
+            network = lpips.LPIPS(net=net, verbose=False, **options)
+        except OSError as error:
+            raise ValueError(
+                f"the weights of LPIPS could not be downloaded ({error}); connect, or use the loss 'stlpips'"
+            ) from error
+        self.network = network.eval().requires_grad_(False)
 
     def __call__(self, end: Tensor, target: Tensor) -> Tensor:
         self.network.to(end.device)

@@ -28,7 +28,7 @@ from ld3_diffusers.discretization import DISCRETIZATIONS
 from ld3_diffusers.schedulers.stock_config import BETA_KEYS, FLOW_KEYS, SIGMA_KEYS
 
 from . import make_teacher_set
-from .arguments import parse, usage_errors
+from .arguments import check_writable, parse, usage_errors
 from .initial import BEFORE_ZERO, STOCK, candidates, grid_schedule, grid_search, saved_schedule
 from .learner import LearnResult, Problem, learn
 from .learning_arguments import check, parser, recipe_of
@@ -72,6 +72,7 @@ def main(argv=None) -> None:
     args = parse(command_line, argv)
     with usage_errors(command_line):
         check(args)
+        check_writable(args.output_dir)
         recipe = recipe_of(args)
         spec = SolverSpec(
             args.solver, args.solver_order, args.solver_type, args.predict_x0, args.lower_order_final, args.afs
@@ -99,10 +100,7 @@ def check_start(args: argparse.Namespace) -> None:
 
 def existing(args: argparse.Namespace) -> LD3Scheduler | None:
     """The scheduler that the output folder already holds; a `ValueError` if it cannot be read."""
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {args.output_dir!r} is a file; choose a folder")
-    return LD3Scheduler.from_pretrained(args.output_dir) if (folder / CONFIG).exists() else None
+    return LD3Scheduler.from_pretrained(args.output_dir) if Path(args.output_dir, CONFIG).exists() else None
 
 
 def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: Objective) -> None:

@@ -163,6 +163,7 @@ def refused(capsys, given):
         (["--solver_order", "7"], "dpmpp has no order 7"),
         (["--solver_type", "bh1"], "dpmpp has no solver_type 'bh1'"),
         (["--discretization", "random"], "neither a folder with a schedule nor one of"),
+        (["--recipe", "published", "--discretization", "edm"], "starts from its own uniform grid"),
         (["--learn", "noise"], "cannot learn"),
         (["--rounds_v1", "3"], "belongs to the recipe 'published'"),
         (["--no_v1"], "belongs to the recipe 'published'"),
@@ -213,6 +214,26 @@ def test_other_weights_other_models_and_broken_configs_are_refused(room, tmp_pat
     shutil.copytree(room / "pairs", tmp_path / "same")
     given = arguments(room, tmp_path / "schedules", "--validation_set", str(tmp_path / "same"))
     assert "share the seeds 0 to 7" in refused(capsys, given)
+
+    make_teacher_set.main(
+        [
+            "--teacher",
+            str(room / "sd"),
+            "--output_dir",
+            str(tmp_path / "shorter"),
+            "--num_samples",
+            "2",
+            "--seed",
+            "50",
+        ]
+        + ["--num_inference_steps", "10", "--prompts_file", str(room / "prompts.txt"), "--guidance_scale", "2"]
+        + ["--resolution", "32"]
+    )
+    given = arguments(room, tmp_path / "schedules", "--validation_set", str(tmp_path / "shorter"), "--num_valid", "2")
+    assert "the validation set was made with num_inference_steps=10, the teacher set with 20" in refused(capsys, given)
+
+    (tmp_path / "file").write_text("")
+    assert "is not a writable folder" in refused(capsys, arguments(room, tmp_path / "file" / "schedules"))
 
 
 def test_every_field_of_the_recipes_has_an_argument():
