@@ -96,7 +96,9 @@ def save_schedules(path: Path, contenders: list[Contender]) -> None:
         positive = sigmas[sigmas > 0]
         levels.plot(range(len(positive)), positive, **style)
         if learned:
-            own = scheduler.path.timestep(scheduler.path.inverse_sigma_edm(sigmas[: len(scheduler.timesteps)]))
+            noise_path, stands = scheduler.path, sigmas[: len(scheduler.timesteps)]
+            times = stands if noise_path.kind == "flow" else noise_path.inverse_sigma_edm(stands)
+            own = noise_path.timestep(times)
             offsets.plot(range(len(own)), scheduler.timesteps.detach().double() - own, **style)
     levels.set(yscale="log", xlabel="evaluation", ylabel="noise level sigma / alpha", title="where the solver stands")
     offsets.set(xlabel="evaluation", ylabel="timestep told - timestep of the level", title="what the network is told")
