@@ -73,6 +73,9 @@ SCHEDULE_KEYS = (
 )
 
 
+MAX_NFE = 1000  # as many as most models have training steps; what a schedule costs to check is bounded by it
+
+
 def _is_number(value) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
@@ -162,6 +165,17 @@ class Schedule:
             first=first,
         )
 
+    def rounded(self, path: NoisePath, dtype: torch.dtype, *, mu: float = 0.0) -> "Schedule":
+        """With network times whose timesteps, at resolution shift `mu`, `dtype` can hold; the gradient passes unchanged.
+
+        A pipeline that casts timesteps to `dtype` tells its network these times anyway.
+        """
+        mu = mu if path.kind == "flow" and not self.final else 0.0
+        exact = self.network_times.detach()
+        times = path.time(path.timestep(shift_flow_time(exact, mu) if mu else exact).to(dtype).double())
+        times = shift_flow_time(times, -mu) if mu else times
+        return replace(self, network_times=self.network_times + (times - exact), checksum=None)
+
     def detach(self) -> "Schedule":
         return replace(self, times=self.times.detach().clone(), network_times=self.network_times.detach().clone())
 
@@ -192,7 +206,7 @@ class Schedule:
             )
         unknown = sorted(set(entry) - set(SCHEDULE_KEYS))
         if unknown:
-            raise ValueError(f"unknown schedule entries {unknown}; remove them or update ld3-diffusers")
+            raise ValueError(f"unknown schedule entries {str(unknown):.200}; remove them or update ld3-diffusers")
         if entry.get("times") is None:
             raise ValueError("a schedule needs 'times', the N + 1 levels from noise to data")
         for what, (is_right, keys) in ENTRY_TYPES.items():
@@ -202,6 +216,12 @@ class Schedule:
                     raise ValueError(
                         f"{key!r} of a schedule must be {what}, got {value!r:.60}; check the config it came from"
                     )
+        for key in ("times", "network_times"):
+            if len(entry.get(key) or ()) > MAX_NFE + 1:
+                raise ValueError(
+                    f"{key!r} of a schedule holds {len(entry[key])} values and may hold {MAX_NFE + 1}; check the config it "
+                    "came from"
+                )
         spec = SolverSpec(**{key: entry[key] for key in SOLVER_KEYS if key in entry})
         spec.make()
         rest = {key: entry[key] for key in ("noise_path", "prediction_type", "final", "checksum") if key in entry}

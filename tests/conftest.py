@@ -1,8 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
+import atexit
 import importlib.util
 import os
+import shutil
+import socket
+import tempfile
 from pathlib import Path
 
+import pytest
+
+
+def isolate_from_the_hub() -> tuple[socket.socket, Path]:
+    """Set the environment, here and for programs that tests start, so that no test can reach the real Hub or a user's cache.
+
+    huggingface_hub reads it once, on import. The socket keeps the port of `HF_ENDPOINT` free without listening on it: until
+    the `hub` fixture starts its server there, connections are refused.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    home = Path(tempfile.mkdtemp(prefix="hf-home-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        del os.environ[name]
+    os.environ |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{reserved.getsockname()[1]}",
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    return reserved, home
+
+
+reserved_socket, hf_home = isolate_from_the_hub()
 
 # Two workers with a thread for each core would get in each other's way. The variable is for the programs that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -33,3 +65,13 @@ if importlib.util.find_spec("torchvision") is not None:
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hub():
+    """An empty Hub at `HF_ENDPOINT`, and an empty cache of what was downloaded from it."""
+    from tests.hub_server import HubServer
+
+    shutil.rmtree(hf_home / "hub", ignore_errors=True)
+    with HubServer(reserved_socket.getsockname()[1]) as server:
+        yield server

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..noise_path import NoisePath
-from ..schedule import Schedule, check_checksum, interpolate
+from ..schedule import MAX_NFE, Schedule, check_checksum, interpolate
 from .stock_config import BETA_KEYS
+
+
+COUNTS = frozenset(map(str, range(1, MAX_NFE + 1)))
 
 
 def plain_json(schedules) -> dict[str, Any]:
@@ -18,11 +21,14 @@ def plain_json(schedules) -> dict[str, Any]:
     """
     if not isinstance(schedules, dict):
         raise ValueError(f"schedules must map a number of evaluations to a schedule, got {type(schedules).__name__}")
-    bad = [key for key in schedules if not str(key).isdecimal() or int(key) < 1]
-    if bad:
-        raise ValueError(f"schedules has the keys {bad}; use the number of network evaluations as a decimal string")
+    bad = [key for key in schedules if str(key) not in COUNTS]
+    if bad or len(set(map(str, schedules))) < len(schedules):
+        raise ValueError(
+            f"schedules has the keys {str(bad or list(schedules)):.200}; use the number of network evaluations, 1 to "
+            f"{MAX_NFE}, as a decimal string, each once"
+        )
     try:
-        return {str(int(key)): json.loads(json.dumps(entry, allow_nan=False)) for key, entry in schedules.items()}
+        return {str(key): json.loads(json.dumps(entry, allow_nan=False)) for key, entry in schedules.items()}
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"schedules must be plain JSON with finite numbers ({error}); see Schedule.to_dict"

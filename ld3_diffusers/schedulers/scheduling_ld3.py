@@ -11,8 +11,9 @@ from torch import Tensor
 from ..noise_path import float64
 from ..schedule import Schedule, SolverSpec
 from ..step_table import Executor, StepTable, conversion
+from .config_file import lookup_errors, read_config_file, without_unknown_options
 from .learned import check_model, check_provenance, describe, learned_schedule, plain_json, read_schedules
-from .stock_config import logit_shift, make_noise_path, refuse_grid_flags, stock_overrides, unreadable_as_value_error
+from .stock_config import logit_shift, make_noise_path, refuse_grid_flags, stock_overrides
 from .thresholding import check_bounds_data, make_threshold
 from .unlearned import refuse_custom_grids, requested, unlearned_schedule
 
@@ -149,17 +150,23 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             ValueError: for a stock scheduler that cannot be followed, or options that contradict a learned schedule.
         """
         kwargs = {**stock_overrides(config, kwargs), **kwargs}
+        config = without_unknown_options(config, cls)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path=None, subfolder=None, return_unused_kwargs=False, **kwargs):
-        """Load from a folder or a Hub repository, as [`SchedulerMixin.from_pretrained`].
+        """Load from a folder or a Hub repository, as [`SchedulerMixin.from_pretrained`]. Nothing in the file is trusted.
 
         Raises:
-            ValueError: if the file is not JSON or describes no valid schedule.
+            OSError: if there is no such repository, revision, folder or subfolder, or no connection to look.
+            ValueError: if the file is no well-formed config or describes no valid schedule.
         """
-        with unreadable_as_value_error(pretrained_model_name_or_path):
+        with lookup_errors(pretrained_model_name_or_path, subfolder):
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file, dduf_entries=None):
+        return read_config_file(json_file, cls, dduf_entries)
 
     @property
     def learned_counts(self) -> list[int]:
@@ -213,6 +220,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         """
         nfe, timesteps, sigmas = requested(num_inference_steps, timesteps, sigmas)
         self._schedule, self._table, self._mu = self._choose(nfe, timesteps, sigmas, mu)
+        self._asked_mu = mu
         self.num_inference_steps = nfe
         self._tell(self._table.timesteps, device)
         levels = self.path.levels(self._table.times)
@@ -254,6 +262,12 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         self._start_was_scaled = True
         start = self._table.start
         return start if start.requires_grad else float(start)
+
+    @property
+    def mu(self) -> float:
+        """Resolution shift that the last `set_timesteps` asked for, added to logit s; 0 where there is none."""
+        unshifted = self._table is None or self.config.shift_terminal
+        return 0.0 if unshifted else logit_shift(self.config, self._asked_mu)
 
     # ------------------------------------------------------------------ where we are
 

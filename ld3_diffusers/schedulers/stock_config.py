@@ -8,7 +8,6 @@ facts are read raw, and they decide the noise path.
 """
 
 import math
-from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -28,23 +27,6 @@ SIGMA_KEYS = ("sigma_min", "sigma_max", "sigma_data")
 GRID_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 GRID_KEYS = (*GRID_FLAGS, "timestep_spacing", "steps_offset", "final_sigmas_type", "discretization", "rho")
 SOLVER_CHOICES = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final", "afs", "starting_scale")
-
-
-@contextmanager
-def unreadable_as_value_error(origin):
-    """Turns the errors of a config file at `origin` that is no JSON, or has a list for a number, into `ValueError`s."""
-    try:
-        yield
-    except OSError as error:
-        if "not a valid JSON" in str(error):
-            raise ValueError(
-                f"the scheduler config in {str(origin)!r} is not valid JSON; save or download it again"
-            ) from error
-        raise
-    except TypeError as error:
-        raise ValueError(
-            f"the scheduler config in {str(origin)!r} has an entry of the wrong type ({error}); save or download it again"
-        ) from error
 
 
 def stock_overrides(config: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +120,7 @@ def _refuse_other_solver(explicit, schedules):
                 )
 
 
+MAX_TRAIN_TIMESTEPS = 100_000  # models have 1000 to 8000; what is computed for each must stay small for any config
 NUMBERS = (
     *("beta_start", "beta_end", "rho", "steps_offset", "clip_sample_range", "dynamic_thresholding_ratio"),
     *("sample_max_value", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
@@ -150,11 +133,12 @@ def _check_numbers(config) -> None:
     for key in NUMBERS:
         value = config[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
-            raise ValueError(f"{key} must be a finite number, got {value!r}; check the config it came from")
+            raise ValueError(f"{key} must be a finite number, got {value!r:.60}; check the config it came from")
     count = config["num_train_timesteps"]
-    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= MAX_TRAIN_TIMESTEPS:
         raise ValueError(
-            f"num_train_timesteps must be a positive integer, got {count!r}; check the config it came from"
+            f"num_train_timesteps must be a positive integer of at most {MAX_TRAIN_TIMESTEPS}, got {count!r:.60}; check the "
+            "config it came from"
         )
     if config["shift"] <= 0:
         raise ValueError(f"shift must be positive, got {config['shift']!r}; 1 shifts nothing")

@@ -168,7 +168,7 @@ RISING, NAN = [1.0, 0.5, 0.6, 0.3, 0.1, 0.0], [1.0, float("nan"), 0.6, 0.3, 0.1,
 BAD = {
     "schedules must map": {"schedules": [1]},
     r"times\[2\] = 0.6 is above": {"schedules": {"5": entry(times=RISING)}},
-    "plain JSON with finite numbers": {"schedules": {"5": entry(times=NAN)}},
+    "with finite numbers|times must be a finite number": {"schedules": {"5": entry(times=NAN)}},
     "plain JSON with": {"schedules": {"5": entry(times=torch.ones(6))}},
     "needs N . 1 times": {"schedules": {"5": entry(times=[1.0, 0.0])}},
     "'times' of a schedule must be a list": {"schedules": {"5": entry(times="abc")}},
