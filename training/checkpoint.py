@@ -20,44 +20,28 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 class Checkpoints:
-    """Writes, prunes and reads them. The main process writes the state, each process its own random states.
+    """Writes, prunes and reads them, in one process: what it reads, others must be told.
 
     Args:
         folder: where the folders lie; None: nothing is written.
         total_limit: how many are kept, the newest; None: all.
-        problem: a `learner.Problem`, for its processes.
     """
 
-    def __init__(self, folder: str | Path | None, total_limit: int | None, problem):
+    def __init__(self, folder: str | Path | None, total_limit: int | None):
         self.folder = None if folder is None else Path(folder)
-        self.total_limit, self.problem = total_limit, problem
+        self.total_limit = total_limit
         if total_limit is not None and total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {total_limit}")
-
-    def _wait(self) -> None:
-        if self.problem.processes > 1:
-            self.problem.accelerator.wait_for_everyone()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         if self.folder is None:
             return
         final, partial = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.partial"
-        main = self.problem.rank == 0
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._wait()
-        torch.save(_random_states(), partial / f"random_states_{self.problem.rank}.pt")
-        if main:
-            torch.save(state, partial / STATE)
-        self._wait()
-        if main:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._prune()
-        self._wait()
-
-    def _prune(self) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        torch.save(state, partial / STATE)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
         if self.total_limit is not None:
             for old in checkpoint_folders(self.folder)[: -self.total_limit]:
                 shutil.rmtree(old)
@@ -92,17 +76,3 @@ class Checkpoints:
                     "with the arguments of the first run, or start anew without resume_from_checkpoint"
                 )
         return state
-
-    def restore_random_states(self, name: str | Path | None) -> None:
-        file = self.find(name) / f"random_states_{self.problem.rank}.pt"
-        states = torch.load(file, map_location="cpu", weights_only=True)
-        torch.set_rng_state(states["cpu"])
-        if states["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _random_states() -> dict[str, Any]:
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }

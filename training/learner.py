@@ -9,7 +9,8 @@ Nothing here knows a model. Two recipes: `learner_default` and `learner_publishe
 """
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from ld3_diffusers.schedule import Schedule
 
 from .checkpoint import Checkpoints
 from .objectives import Objective, l2
+from .processes import is_main, num_processes, on_main, share
 from .recipe import DefaultRecipe, Recipe
 
 
@@ -33,9 +35,23 @@ class Pairs(Protocol):
     def batch(self, indices: list[int], device) -> tuple[Tensor, Tensor, dict]: ...
 
 
+def split(indices: Sequence[int], size: int | None) -> list[Sequence[int]]:
+    """Consecutive parts of `size`, the last perhaps shorter; None: one part."""
+    size = size or max(1, len(indices))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def with_moved(noise: Tensor, indices: Sequence[int], moved: Mapping[int, Tensor]) -> Tensor:
+    """The noises of pairs `indices`, those that have been moved in place of the teacher's."""
+    return torch.stack([moved[i].to(x) if i in moved else x for i, x in zip(indices, noise)])
+
+
 @dataclass
 class Problem:
-    """What is learned on, with all that the recipes share: losses, gradients, and their sums over processes.
+    """What is learned on, with all that the recipes share: losses and gradients of micro-batches, computed side by side.
+
+    What is computed for a micro-batch depends on its pairs alone, and sums over micro-batches are taken in float64 and in the
+    order of the pairs. So the result does not depend on the number of processes.
 
     Attributes:
         rollout: `(schedule, noise, conditioning) -> end`.
@@ -62,52 +78,49 @@ class Problem:
                 raise ValueError(f"there are no {name} pairs; make some with training.make_teacher_set")
 
     @property
-    def processes(self) -> int:
-        return 1 if self.accelerator is None else self.accelerator.num_processes
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.accelerator is None else self.accelerator.process_index
-
-    @property
     def moves_noise(self) -> bool:
         """Whether the starting noise is the rollout's argument rather than drawn by the pipeline itself."""
         return getattr(self.rollout, "moves_noise", True)
 
-    def mine(self, positions: int) -> range:
-        """This process's share of a batch: positions rank, rank + processes, ..."""
-        return range(self.rank, positions, self.processes)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, the same on all of them."""
-        if self.processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").to(values.device)
+    def share(self, parts: list, compute: Callable) -> list:
+        """`[compute(part) for part in parts]`, spread over the processes; see `processes.share`."""
+        return share(parts, compute, self.accelerator)
 
     def losses(self, schedule: Schedule, noise: Tensor, target: Tensor, conditioning: dict) -> Tensor:
         return self.objective(self.rollout(schedule, noise, conditioning), target)
 
-    def backward(self, losses: Tensor, target: Tensor) -> float:
-        r"""Accumulates the gradient of `losses.sum()` times the returned factor.
+    def gradients(self, losses: Tensor, target: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+        r"""Gradients of `losses.sum()`.
 
         A mean over many entries has cotangents that float16 flushes to zero, so the sum over entries is what goes
         backwards. The factor is a power of two: dividing by it is exact.
         """
         scale = 2.0 ** round(math.log2(max(target[0].numel(), 1)))
-        (losses.sum() * scale).backward()
-        return scale
+        gradients = torch.autograd.grad(losses.sum() * scale, inputs, materialize_grads=True)
+        return [gradient / scale for gradient in gradients]
 
-    def mean_loss(self, schedule: Schedule, pairs: Pairs, batch_size: int | None = None) -> float:
-        """Mean loss over all pairs from their own noise, without gradients."""
-        count = len(pairs)
-        mine = list(self.mine(count))
-        size = max(1, min(batch_size or count, count))
-        total = torch.zeros(1, dtype=torch.float64)
+    def losses_of(
+        self, schedule: Schedule, pairs: Pairs, indices: Sequence[int], moved: Mapping[int, Tensor]
+    ) -> Tensor:
+        """Losses of a micro-batch without gradients, float64 on the CPU; `moved`: noises in place of the teacher's."""
         with torch.no_grad():
-            for start in range(0, len(mine), size):
-                noise, target, conditioning = pairs.batch(mine[start : start + size], self.device)
-                total += self.losses(schedule, noise, target, conditioning).double().sum().cpu()
-        return float(self.sum(total)) / count
+            noise, target, conditioning = pairs.batch(list(indices), self.device)
+            losses = self.losses(schedule, with_moved(noise, indices, moved), target, conditioning)
+        return losses.double().cpu()
+
+    def mean_loss(
+        self,
+        schedule: Schedule,
+        pairs: Pairs,
+        batch_size: int | None = None,
+        *,
+        count: int | None = None,
+        moved: Mapping[int, Tensor] | None = None,
+    ) -> float:
+        """Mean loss over the first `count` pairs (all), `batch_size` (all) at once, from their own or from moved noises."""
+        parts = split(range(len(pairs) if count is None else count), batch_size)
+        losses = self.share(parts, lambda part: self.losses_of(schedule, pairs, part, moved or {}))
+        return float(torch.cat(losses).mean())
 
 
 @dataclass
@@ -159,7 +172,7 @@ def learn(
         checkpoint_dir: where `checkpoint-<step>` folders go, every `checkpointing_steps` iterations.
         checkpoints_total_limit: how many of them are kept.
         resume_from_checkpoint: a checkpoint's folder, or "latest" in `checkpoint_dir`. On the CPU the result is bit for bit
-            that of a run that was never interrupted.
+            that of a run that was never interrupted, on any number of processes.
         facts: what else a continuation must have in common with the run, such as the loss.
         callback: called with the number of done iterations and the newest history entry.
 
@@ -171,15 +184,16 @@ def learn(
 
     recipe = DefaultRecipe() if recipe is None else recipe
     problem = Problem(rollout, train_pairs, valid_pairs, path, objective, accelerator, device)
-    checkpoints = Checkpoints(checkpoint_dir, checkpoints_total_limit, problem)
+    checkpoints = Checkpoints(checkpoint_dir, checkpoints_total_limit)
     identity = {**_identity(recipe, initial, problem, seed), **(facts or {})}
-    state = checkpoints.load(resume_from_checkpoint, identity)
+    # The main process reads for all, whose disks may be others.
+    state = on_main(lambda: checkpoints.load(resume_from_checkpoint, identity), accelerator)
     kind = DefaultLearner if recipe.name == "default" else PublishedLearner
     learner = kind(problem, recipe, initial, seed)
+    _warn_of_idle_processes(learner.batch_size, learner.pass_size, accelerator)
     if state is not None:
         learner.load_state_dict(state["learner"])
         history, initial_loss = state["history"], state["initial_loss"]
-        checkpoints.restore_random_states(resume_from_checkpoint)
     else:
         history, initial_loss = [], problem.mean_loss(learner.best_schedule(), valid_pairs, learner.pass_size)
         if not math.isfinite(initial_loss):
@@ -192,7 +206,7 @@ def learn(
     while not learner.finished:
         history.append(learner.step())
         done = len(history)
-        if checkpointing_steps and done % checkpointing_steps == 0:
+        if checkpointing_steps and done % checkpointing_steps == 0 and is_main(accelerator):
             now = {"learner": learner.state_dict(), "history": history, "initial_loss": initial_loss}
             checkpoints.save(done, {**now, "identity": identity})
         if callback is not None:
@@ -201,6 +215,16 @@ def learn(
     schedule = learner.best_schedule().detach()
     loss = problem.mean_loss(schedule, valid_pairs, learner.pass_size)
     return LearnResult(replace(schedule, provenance=dict(initial.provenance)), history, initial_loss, loss)
+
+
+def _warn_of_idle_processes(batch_size: int, pass_size: int, accelerator) -> None:
+    busy, processes = math.ceil(batch_size / pass_size), num_processes(accelerator)
+    if busy < processes and is_main(accelerator):
+        warnings.warn(
+            f"a batch of {batch_size} pairs in micro-batches of {pass_size} keeps only {busy} of {processes} processes busy; "
+            "lower --micro_batch_size or raise --train_batch_size",
+            stacklevel=3,
+        )
 
 
 def _identity(recipe: Recipe, initial: Schedule, problem: Problem, seed: int) -> dict[str, Any]:
@@ -214,5 +238,4 @@ def _identity(recipe: Recipe, initial: Schedule, problem: Problem, seed: int) ->
         "network_times": initial.network_times.detach().tolist(),
         "train_pairs": len(problem.train),
         "valid_pairs": len(problem.valid),
-        "processes": problem.processes,
     }

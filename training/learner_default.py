@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ld3_diffusers.schedule import Schedule
 
-from .learner import Problem
+from .learner import Problem, split, with_moved
 from .parameters import GapParameters
 from .recipe import DefaultRecipe
 
@@ -36,7 +36,7 @@ class DefaultLearner:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         count = len(problem.train)
         self.batch_size = min(recipe.batch_size or count, count)
-        self.pass_size = recipe.micro_batch_size or max(1, math.ceil(self.batch_size / problem.processes))
+        self.pass_size = min(recipe.micro_batch_size or self.batch_size, self.batch_size)
         self.generator = torch.Generator().manual_seed(seed)
         self.order: list[int] = []
         self.done = self.skipped = self.worse = 0
@@ -87,18 +87,10 @@ class DefaultLearner:
         problem, recipe = self.problem, self.recipe
         self._set_rates()
         indices = self._next_batch()
-        for value in self.parameters.parameters():
-            value.grad = torch.zeros_like(value)
-        mine = [indices[position] for position in problem.mine(len(indices))]
-        total, scale = torch.zeros(1, dtype=torch.float64), 1.0
-        for start in range(0, len(mine), self.pass_size):
-            part, scale = self._accumulate(mine[start : start + self.pass_size])
-            total += part
+        results = problem.share(split(indices, self.pass_size), self._differentiate)
+        packed = sum(numbers for numbers, _ in results) / len(indices)
         if recipe.relaxation:
-            self._share_moved(indices)
-        # One message to the other processes: loss and gradients.
-        packed = torch.cat([total, *[value.grad.flatten() / scale for value in self.parameters.parameters()]])
-        packed = problem.sum(packed) / len(indices)
+            self.moved.update(zip(indices, (x.clone() for _, moved in results for x in moved)))
         sizes = [1, *[value.numel() for value in self.parameters.parameters()]]
         loss, *gradients = packed.split(sizes)
         for value, gradient in zip(self.parameters.parameters(), gradients):
@@ -124,37 +116,28 @@ class DefaultLearner:
             entry["valid_loss"] = self._validate()
         return entry
 
-    def _accumulate(self, indices: list[int]) -> tuple[float, float]:
-        noise, target, conditioning = self.problem.train.batch(indices, self.problem.device)
+    def _differentiate(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Of a micro-batch: the sum of its losses and that sum's gradient, in one float64 vector, and its moved noises."""
+        problem, parameters = self.problem, self.parameters.parameters()
+        noise, target, conditioning = problem.train.batch(indices, problem.device)
         radius = self.recipe.relaxation * noise[0].numel() / self.nfe**2
-        start = noise
-        if radius:
-            own = [self.moved.get(index) for index in indices]
-            start = torch.stack([x if m is None else m.to(x) for x, m in zip(noise, own)]).requires_grad_()
-        losses = self.problem.losses(self.parameters.schedule(), start, target, conditioning)
-        scale = self.problem.backward(losses, target)
-        if radius:
-            self._move(indices, noise, start, radius)
-        return float(losses.detach().double().sum()), scale
+        start = with_moved(noise, indices, self.moved).requires_grad_() if radius else noise
+        losses = problem.losses(self.parameters.schedule(), start, target, conditioning)
+        gradients = problem.gradients(losses, target, [*parameters, *([start] if radius else [])])
+        moved = self._move(noise, start.detach(), gradients.pop(), radius).cpu() if radius else None
+        total = losses.detach().double().sum().cpu()
+        return torch.cat([total[None], *[gradient.flatten().double().cpu() for gradient in gradients]]), moved
 
-    def _move(self, indices, noise, start, radius) -> None:
+    def _move(self, noise: Tensor, start: Tensor, gradients: Tensor, radius: float) -> Tensor:
         r"""x' <- projection to the ball of x' - (share of the radius) * gradient / its norm: no rate depends on the loss."""
-        for index, x, moved, gradient in zip(indices, noise, start.detach(), start.grad):
+        result = start.clone()
+        for i, (x, moved, gradient) in enumerate(zip(noise, start, gradients)):
             if not bool(gradient.isfinite().all()):
                 continue
             moved = moved - self.recipe.relaxation_lr * radius * gradient / gradient.norm().clamp(min=1e-30)
             away = moved - x
-            self.moved[index] = x + away * (radius / away.norm().clamp(min=radius))
-
-    def _share_moved(self, indices: list[int]) -> None:
-        """Another process may meet the same pair next: all know all moved noises."""
-        if self.problem.processes == 1:
-            return
-        noise = self.problem.train.batch(indices, self.problem.device)[0]
-        own = torch.zeros_like(noise)
-        for position in self.problem.mine(len(indices)):
-            own[position] = self.moved.get(indices[position], noise[position])
-        self.moved.update(zip(indices, self.problem.sum(own)))
+            result[i] = x + away * (radius / away.norm().clamp(min=radius))
+        return result
 
     def _average(self) -> None:
         decay = self.recipe.averaging

@@ -13,6 +13,7 @@ call at t_min, whose output is thrown away, pictures of every improvement, and t
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ld3_diffusers.schedule import Schedule
 
-from .learner import Pairs, Problem
+from .learner import Pairs, Problem, split, with_moved
 from .parameters import PublishedParameters
 from .recipe import PublishedRecipe
 
@@ -58,7 +59,8 @@ class PublishedLearner:
         self.round = self.batch = self.worse = self.at_floor = 0
         self.whole_validation = self.stopped = False
         self.best, self.best_loss = self.parameters.state_dict(), math.inf
-        self.pass_size = recipe.valid_batch_size
+        self.batch_size = min(recipe.batch_size, len(problem.train))
+        self.pass_size = recipe.micro_batch_size or max(recipe.batch_size, recipe.valid_batch_size)
 
     def start(self, initial_loss: float) -> None:
         """Nothing: the published best begins at infinity, so the first iteration always is an improvement."""
@@ -77,10 +79,6 @@ class PublishedLearner:
         schedule = self.parameters.schedule().detach()
         self.parameters.load_state_dict(current)
         return schedule
-
-    def _noise(self, which: str, indices: list[int], noise: Tensor) -> Tensor:
-        moved = self.moved[which]
-        return torch.stack([moved[i].to(x) if i in moved else x for i, x in zip(indices, noise)])
 
     def step(self) -> dict[str, float]:
         recipe, problem = self.recipe, self.problem
@@ -116,87 +114,75 @@ class PublishedLearner:
 
     def _iterate(self, indices: list[int]) -> float:
         problem, recipe = self.problem, self.recipe
-        mine = [indices[position] for position in problem.mine(len(indices))]
-        for value in (self.times, self.offsets):
-            value.grad = torch.zeros_like(value)
-        total, moved, old = torch.zeros(1, dtype=torch.float64), None, None
-        if mine:
-            batch = problem.train.batch(mine, problem.device)
-            moved, old = self._reference(self.parameters.schedule(), "train", mine, batch, len(indices))
-            total += old.double().sum().cpu()
-        packed = problem.sum(torch.cat([total, self.times.grad, self.offsets.grad]))
-        if not bool(packed.isfinite().all()):
+        parts = split(indices, self.pass_size)
+        results = problem.share(parts, lambda part: self._differentiate("train", part, len(indices)))
+        loss = float(torch.cat([losses for losses, _, _ in results]).mean())
+        gradient = sum(gradient for _, gradient, _ in results) / len(indices)
+        if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
             raise ValueError(
                 "the loss or its gradient is not finite in the published recipe, which has no way to go on; learn in bfloat16 "
                 "or float32, or use the recipe 'default'"
             )
-        loss, self.times.grad, self.offsets.grad = packed.split([1, len(self.times), len(self.offsets)])
+        self.times.grad, self.offsets.grad = gradient.split([len(self.times), len(self.offsets)])
         for learned, value, optimizer in zip(self._learns(), (self.times, self.offsets), (self.rms, self.sgd)):
             if learned:
                 torch.nn.utils.clip_grad_norm_([value], recipe.max_grad_norm)
                 optimizer.step()
-        self._accept("train", indices, mine, batch if mine else None, moved, old)
-        return float(loss) / len(indices)
+        self._accept("train", parts, results)
+        return loss
 
-    def _reference(self, schedule, which, mine, batch, batch_size) -> tuple[Tensor | None, Tensor]:
-        """Gradients of the batch's mean loss, and x' after its gradient step and projection, with the losses before it."""
-        noise, target, conditioning = batch
-        start = self._noise(which, mine, noise).requires_grad_(self.bound > 0)
-        losses = self.problem.losses(schedule, start, target, conditioning)
-        scale = self.problem.backward(losses, target) * batch_size
-        for value in (self.times, self.offsets):
-            if which == "train":
-                value.grad /= scale
-        if not self.bound:
-            return None, losses.detach()
-        # Quirk: the step of x' follows the mean over the batch, so it shrinks as the batch grows.
-        moved = start.detach() - self.shift_lr * start.grad / scale
-        away = moved - noise
-        norm = away.flatten(1).norm(dim=1).view(-1, *[1] * (noise.ndim - 1))
-        return torch.where(
-            norm > self.bound, noise + self.bound * away / norm.clamp(min=1e-30), moved
-        ), losses.detach()
+    def _pairs(self, which: str) -> Pairs:
+        return self.problem.train if which == "train" else self.problem.valid
 
-    def _accept(self, which, indices, mine, batch, moved, old) -> int:
-        """Keeps those x' whose loss fell; returns how many did, over all processes."""
+    def _differentiate(
+        self, which: str, indices: Sequence[int], batch_size: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of a micro-batch of a batch of `batch_size`: its losses, the gradient of their sum with respect to both vectors
+        (training pairs only), and x' after its gradient step and projection; losses and gradient are float64."""
+        problem = self.problem
+        noise, target, conditioning = self._pairs(which).batch(list(indices), problem.device)
+        start = with_moved(noise, indices, self.moved[which]).requires_grad_(self.bound > 0)
+        schedule = self.parameters.schedule()
+        schedule = schedule if which == "train" else schedule.detach()
+        losses = problem.losses(schedule, start, target, conditioning)
+        learned = [self.times, self.offsets] if which == "train" else []
+        gradients = problem.gradients(losses, target, [*learned, *([start] if self.bound else [])])
+        moved = None
+        if self.bound:
+            # Quirk: the step of x' follows the mean over the batch, so it shrinks as the batch grows.
+            moved = start.detach() - self.shift_lr * gradients.pop() / batch_size
+            away = moved - noise
+            norm = away.flatten(1).norm(dim=1).view(-1, *[1] * (noise.ndim - 1))
+            moved = torch.where(norm > self.bound, noise + self.bound * away / norm.clamp(min=1e-30), moved).cpu()
+        return losses.detach().double().cpu(), torch.cat([torch.empty(0), *gradients]), moved
+
+    def _accept(self, which: str, parts: list[Sequence[int]], results: list[tuple]) -> int:
+        """Keeps those x' whose loss fell; returns how many did."""
         if not self.bound:
             return 0
-        problem = self.problem
-        everyone = problem.train if which == "train" else problem.valid
-        noise = batch[0] if mine and problem.processes == 1 else everyone.batch(indices, problem.device)[0]
-        kept = torch.zeros_like(noise)
-        accepted = torch.zeros(1, dtype=torch.float64)
-        if mine:
-            with torch.no_grad():
-                # Quirk: old times with old noise against new times with new noise; a fall may be the times' alone.
-                new = problem.losses(self.parameters.schedule(), moved, batch[1], batch[2])
-            better = new < old
-            accepted += better.sum().cpu()
-            before = self._noise(which, mine, batch[0])
-            mask = better.view(-1, *[1] * (noise.ndim - 1))
-            kept[list(problem.mine(len(indices)))] = torch.where(mask, moved, before)
-        self.moved[which].update(zip(indices, problem.sum(kept)))
-        return int(problem.sum(accepted))
+        schedule, accepted = self.parameters.schedule().detach(), 0
+        tried = [dict(zip(part, moved)) for part, (_, _, moved) in zip(parts, results)]
+        # Quirk: old times with old noise against new times with new noise; a fall may be the times' alone.
+        pairs = self._pairs(which)
+        after = self.problem.share(tried, lambda moved: self.problem.losses_of(schedule, pairs, list(moved), moved))
+        for moved, (before, _, _), new in zip(tried, results, after):
+            fell = [i for i, better in zip(moved, new < before) if better]
+            self.moved[which].update({i: moved[i].clone() for i in fell})
+            accepted += len(fell)
+        return accepted
 
-    def _validation_loss(self, pairs: Pairs, count: int) -> float:
-        """Mean over the first `count` pairs, from their moved noises."""
-        problem, schedule = self.problem, self.parameters.schedule().detach()
-        mine = list(problem.mine(count))
-        total = torch.zeros(1, dtype=torch.float64)
-        with torch.no_grad():
-            for start in range(0, len(mine), self.pass_size):
-                indices = mine[start : start + self.pass_size]
-                noise, target, conditioning = pairs.batch(indices, problem.device)
-                # Quirk: not from the teacher's noise but from the one that suits the student.
-                losses = problem.losses(schedule, self._noise("valid", indices, noise), target, conditioning)
-                total += losses.double().sum().cpu()
-        return float(problem.sum(total)) / count
+    def _validation_loss(self, count: int) -> float:
+        """Mean over the first `count` validation pairs."""
+        schedule = self.parameters.schedule().detach()
+        # Quirk: not from the teacher's noise but from the one that suits the student.
+        moved = self.moved["valid"]
+        return self.problem.mean_loss(schedule, self.problem.valid, self.pass_size, count=count, moved=moved)
 
     def _validate(self) -> float:
         recipe, pairs = self.recipe, self.problem.valid
         # Quirk: until patience is lost for the first time, the first validation batch alone decides what is best.
         count = len(pairs) if self.whole_validation else min(self.recipe.valid_batch_size, len(pairs))
-        loss = self._validation_loss(pairs, count)
+        loss = self._validation_loss(count)
         if loss < self.best_loss:
             self.best, self.best_loss, self.worse = self.parameters.state_dict(), loss, 0
             return loss
@@ -208,7 +194,7 @@ class PublishedLearner:
         if not self.whole_validation:
             # Quirk: the first loss of patience only enlarges the validation set; rates are left alone.
             self.whole_validation = True
-            self.best_loss = self._validation_loss(pairs, len(pairs))
+            self.best_loss = self._validation_loss(len(pairs))
             return loss
         self._decay_rates()
         return loss
@@ -228,17 +214,10 @@ class PublishedLearner:
 
     def _end_round(self) -> None:
         if self.bound:
-            moved = 0
-            pairs, size = self.problem.valid, self.recipe.valid_batch_size
-            for start in range(0, len(pairs), size):
-                indices = list(range(start, min(start + size, len(pairs))))
-                mine = [indices[position] for position in self.problem.mine(len(indices))]
-                batch, new, old = None, None, None
-                if mine:
-                    batch = pairs.batch(mine, self.problem.device)
-                    new, old = self._reference(self.parameters.schedule().detach(), "valid", mine, batch, len(indices))
-                moved += self._accept("valid", indices, mine, batch, new, old)
-            if moved == 0:
+            batches = split(range(len(self.problem.valid)), self.recipe.valid_batch_size)
+            parts = [(part, len(batch)) for batch in batches for part in split(batch, self.pass_size)]
+            results = self.problem.share(parts, lambda part: self._differentiate("valid", *part))
+            if self._accept("valid", [part for part, _ in parts], results) == 0:
                 self.shift_lr *= self.recipe.shift_lr_decay
         self.round, self.batch = self.round + 1, 0
 

@@ -20,6 +20,7 @@ class PublishedRecipe:
         fixed_bound: a bound that replaces it (their `--fix_bound` with `prior_bound`).
         batch_size, valid_batch_size: pairs of a step, and of a pass over validation pairs. 2 and 150 for pixel models, 1 and 50
             for latent ones, 1 and 1 for Stable Diffusion.
+        micro_batch_size: see [`DefaultRecipe`].
         rounds_v1, rounds_v2: epochs of times alone, then of both vectors; 2 and 5 for pixel models, 2 and 3 for latent ones.
         no_v1: learn network times only, in all rounds.
         lr_times: RMSprop's rate; `momentum`, `weight_decay` also its.
@@ -39,6 +40,7 @@ class PublishedRecipe:
     fixed_bound: float | None = None
     batch_size: int = 2
     valid_batch_size: int = 150
+    micro_batch_size: int | None = 8
     rounds_v1: int = 2
     rounds_v2: int = 5
     no_v1: bool = False
@@ -56,7 +58,10 @@ class PublishedRecipe:
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
-        _positive(self, "batch_size", "valid_batch_size", "lr_times", "patience", "floor_patience", "max_grad_norm")
+        _positive(
+            self, "batch_size", "valid_batch_size", "micro_batch_size", "lr_times", "patience", "floor_patience",
+            "max_grad_norm",
+        )  # fmt: skip
         _not_negative(self, "rounds_v1", "rounds_v2", "lr_network_times", "radius")
         if self.rounds_v1 + self.rounds_v2 == 0:
             raise ValueError("rounds_v1 and rounds_v2 are both 0; give at least one round")
@@ -75,7 +80,8 @@ class DefaultRecipe:
         last_level: of a schedule that ends at time 0, see [`GapParameters`].
         max_steps: iterations.
         batch_size: pairs of an iteration, over all processes; None: all of them.
-        micro_batch_size: pairs that go through the network at once on one process; None: the batch.
+        micro_batch_size: pairs that go through the network at once; the unit that is given to processes, and in which
+            gradients are summed, so that results do not depend on the number of processes. None: the batch.
         lr_times, lr_network_times: Adam's rates, decayed to 0 by a cosine; `warmup_steps` before that.
         times_first: share of the iterations in which only times are learned, if both are.
         betas: Adam's.
@@ -92,7 +98,7 @@ class DefaultRecipe:
     last_level: str = "free"
     max_steps: int = 300
     batch_size: int | None = 16
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = 8
     lr_times: float = 0.1
     lr_network_times: float = 0.03
     warmup_steps: int = 0
