@@ -8,6 +8,7 @@ list with one tensor or string per sample.
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -93,9 +94,14 @@ class ConditioningStore:
         self.rows = rows
         self.lists = lists  # names whose values a pipeline takes as a list with one tensor a sample
 
+    @property
+    def has_text(self) -> bool:
+        """Whether a pipeline will read prompts at each call, and so needs its text encoders."""
+        return any(isinstance(rows[0], str) for rows in self.rows.values())
+
     @classmethod
-    def of(cls, chunks: list[Conditioning]) -> "ConditioningStore":
-        """Rows of the conditioning of consecutive chunks of prompts."""
+    def of(cls, chunks: Iterable[Conditioning]) -> "ConditioningStore":
+        """Rows of the conditioning of consecutive chunks of prompts, each moved to the host before the next is asked for."""
         rows: dict[str, list] = {}
         lists = set()
         for chunk in chunks:

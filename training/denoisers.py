@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of a pipeline: finding them, recomputing them in the backward pass, counting their evaluations."""
+"""The networks of a pipeline: finding them, recomputing them in the backward pass, counting their evaluations.
+
+Networks are in inference mode and draw no random numbers, so that recomputation need not restore a random state.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -124,7 +127,6 @@ def _instrumented(forward: Callable, calls: Calls | None, checkpointing: bool) -
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if checkpointing:
-            # Networks are in inference mode and draw no random numbers.
             output = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         else:
             output = run(*args, **kwargs)
@@ -134,6 +136,37 @@ def _instrumented(forward: Callable, calls: Calls | None, checkpointing: bool) -
         return output
 
     return wrapped
+
+
+@contextmanager
+def gradient_checkpointing(pipe) -> Iterator[None]:
+    """Let the pipeline's networks recompute their blocks one by one, and put back what was set before.
+
+    Within the recomputation of a whole call this leaves the activations of one block, and the inputs of the others. It has to
+    last until the backward passes are done: recomputation must take the path that the forward pass took.
+
+    Raises:
+        ValueError: for networks without it.
+    """
+    networks = {**denoisers(pipe), **companions(pipe)}
+    for name, network in networks.items():
+        if not getattr(network, "_supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"{type(network).__name__}, the pipeline's {name}, cannot checkpoint its blocks; drop gradient_checkpointing"
+            )
+    with ExitStack() as stack:
+        for network in networks.values():
+            for module in network.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    for setting in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                        # replaced by itself: what counts is that it is put back
+                        stack.enter_context(replaced(module, setting, getattr(module, setting, None)))
+            network.enable_gradient_checkpointing(_checkpointed_block)
+        yield
+
+
+def _checkpointed_block(block: Callable, *args):
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager

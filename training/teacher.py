@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a teacher pipeline and telling one teacher from another."""
+"""Loading a teacher pipeline, freeing its text encoders, and telling one teacher from another."""
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -23,8 +26,12 @@ def load_teacher(
     variant: str | None = None,
     mixed_precision: str | None = "no",
     device="cpu",
+    text_encoders: bool = True,
 ) -> DiffusionPipeline:
-    """A pipeline from a folder or the Hub, in the dtype of `mixed_precision`, on `device`.
+    """A pipeline from a folder or the Hub, in the dtype of `mixed_precision`, on `device` (None: where it is loaded, on the host).
+
+    Without `text_encoders` their weights, and those of a safety checker, are not read: for stored embeddings, see
+    [`ConditioningStore.has_text`].
 
     Raises:
         ValueError: if there is no such pipeline, or it cannot be fetched or read, saying which.
@@ -32,12 +39,46 @@ def load_teacher(
     check_teacher_name(name_or_path)
     dtype = DTYPES[mixed_precision or "no"]
     try:
-        pipe = DiffusionPipeline.from_pretrained(name_or_path, revision=revision, variant=variant, torch_dtype=dtype)
+        options = {}
+        if not text_encoders:
+            options = dict.fromkeys(_around_sampling(DiffusionPipeline.load_config(name_or_path, revision=revision)))
+        pipe = DiffusionPipeline.from_pretrained(
+            name_or_path, revision=revision, variant=variant or None, torch_dtype=dtype, **options
+        )
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         place = "the folder" if Path(name_or_path).is_dir() else "the Hub (there is no such local folder)"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load the teacher {name_or_path!r} from {place}: {reason}") from error
-    return pipe.to(device)
+    return pipe if device is None else pipe.to(device)
+
+
+def _around_sampling(names: Iterable[str]) -> list[str]:
+    """Those components that read prompts, or look at finished pictures; tokenizers, which weigh nothing, are left."""
+    return [name for name in names if name.startswith("text_encoder") or name == "safety_checker"]
+
+
+@contextmanager
+def encoding(pipe: DiffusionPipeline, device: torch.device) -> Iterator[None]:
+    """To encode prompts on `device` with one network there at a time: text encoders may not fit beside the denoiser.
+
+    Put the pipeline on a device afterwards.
+    """
+    if device.type == "cpu" or pipe.model_cpu_offload_seq is None:
+        pipe.to(device)
+        yield
+        return
+    pipe.enable_model_cpu_offload(device=device)
+    try:
+        yield
+    finally:
+        pipe.remove_all_hooks()
+
+
+def free_text_encoders(pipe: DiffusionPipeline) -> None:
+    """Take the weights of text encoders, and of a safety checker, out of the pipeline and of memory."""
+    for name in _around_sampling(pipe.components):
+        setattr(pipe, name, None)
+    clear_device_cache(garbage_collection=True)
 
 
 def check_teacher_name(name_or_path: str) -> None:
