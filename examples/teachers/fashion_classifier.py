@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small classifier of Fashion-MNIST, the judge of the teachers' samples, and the program that trains it.
 
-    python examples/teachers/fashion_classifier.py --output_dir examples/teachers/fashion-sd/reference
+    python examples/teachers/fashion_classifier.py --output_dir examples/teachers/reference
 
 It never sees a generated image. Besides the class it gives the features (the last layer but one) between which
 `frechet_distance` is measured; the mean and covariance of the real training images' features are stored with it.

@@ -175,6 +175,20 @@ def save_whole(model, folder):
     temporary.rename(folder)
 
 
+def replace_pipeline(folder, write):
+    """Let `write(copy)` change a copy of `folder`, then put it in its place: whole or not at all."""
+    temporary, retired = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (temporary, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if folder.exists():
+        shutil.copytree(folder, temporary)
+    write(temporary)
+    if folder.exists():
+        folder.rename(retired)
+    temporary.rename(folder)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
 def export_pipeline(folder, vae, text_encoder, tokenizer, unet, ema):
     """Write the averaged weights as a pipeline folder, whole or not at all; other files in the folder are kept."""
     averaged = [new_unet(), new_text_encoder(tokenizer)]
@@ -195,23 +209,18 @@ def export_pipeline(folder, vae, text_encoder, tokenizer, unet, ema):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    temporary, retired = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (temporary, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
-    if folder.exists():
-        shutil.copytree(folder, temporary)
-    pipeline.save_pretrained(temporary)
-    # PNDM does not know this key and SD1.x's file has it: DDIM and others, made from this config, need it.
-    path = temporary / "scheduler" / "scheduler_config.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "clip_sample": False}, indent=2, sort_keys=True) + "\n"
-    )
     prompts = {split: {name: captions_of(name, split) for name in CLASSES} for split in ("train", "held_out")}
-    (temporary / "prompts.json").write_text(json.dumps(prompts, indent=2) + "\n")
-    if folder.exists():
-        folder.rename(retired)
-    temporary.rename(folder)
-    shutil.rmtree(retired, ignore_errors=True)
+
+    def write(temporary):
+        pipeline.save_pretrained(temporary)
+        # PNDM does not know this key and SD1.x's file has it: DDIM and others, made from this config, need it.
+        path = temporary / "scheduler" / "scheduler_config.json"
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "clip_sample": False}, indent=2, sort_keys=True) + "\n"
+        )
+        (temporary / "prompts.json").write_text(json.dumps(prompts, indent=2) + "\n")
+
+    replace_pipeline(folder, write)
 
 
 def train_unet(latents, labels, vae, tokenizer, args):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure how good the samples of the small Stable Diffusion are.
+"""Measure how good the samples of a small teacher are.
 
-    python examples/teachers/check_fashion_sd.py --output_dir work/check
+    python examples/teachers/check_teacher.py --pipeline_dir examples/teachers/fashion-sd --output_dir work/check
 
-Samples every class through the pipeline, asks the classifier in the folder's `reference/` what it sees, compares its
-accuracy with the one on real test images, measures the Frechet distance of its features to those of the real training
-images, and draws a grid (one row a class). `--record` writes grid and numbers into the pipeline folder.
+Samples every class through the pipeline, asks the classifier in `reference/` what it sees, compares its accuracy with the
+one on real test images, measures the Frechet distance of its features to those of the real training images, and draws
+a grid (one row a class). `--record` writes grid and numbers (`quality.json`) into the pipeline folder.
 """
 
 import argparse
@@ -14,14 +14,21 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from fashion_classifier import FashionClassifier, classify, frechet_distance, mean_and_covariance
+from fashion_mnist import IMAGE_SIZE
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 
-PIPELINE_DIR = Path(__file__).parent / "fashion-sd"
+REFERENCE_DIR = Path(__file__).parent / "reference"
+CALL_SETTINGS = ("guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length", "height", "width")
 SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler, "stored": None}
+
+
+def call_settings(args):
+    return {name: getattr(args, name) for name in CALL_SETTINGS if getattr(args, name) is not None}
 
 
 @torch.no_grad()
@@ -35,9 +42,9 @@ def sample(pipeline, prompts, args):
             pipeline(
                 batch,
                 num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
                 generator=generators,
                 output_type="pt",
+                **call_settings(args),
             ).images
         )
         print(f"{start + len(batch)}/{len(prompts)} images", flush=True)
@@ -56,13 +63,18 @@ def grid(images, classes, columns, scale=2):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pipeline_dir", default=str(PIPELINE_DIR))
-    parser.add_argument("--reference_dir", default=None, help="default: reference/ in the pipeline folder")
+    parser.add_argument("--pipeline_dir", required=True)
+    parser.add_argument("--reference_dir", default=str(REFERENCE_DIR), help="made by fashion_classifier.py")
     parser.add_argument("--output_dir", default=None, help="where to write samples.png and result.json")
     parser.add_argument("--images_per_class", type=int, default=50)
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=None, help="default: the recommended one")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
+    parser.add_argument("--guidance_scale", type=float, help="these: default as recorded in quality.json")
+    parser.add_argument("--true_cfg_scale", type=float)
+    parser.add_argument("--negative_prompt")
+    parser.add_argument("--max_sequence_length", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="stored")
     parser.add_argument("--split", choices=("train", "held_out"), default=None, help="which wordings; default all")
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -76,18 +88,20 @@ def main():
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     folder = Path(args.pipeline_dir)
-    reference_dir = Path(args.reference_dir) if args.reference_dir else folder / "reference"
+    reference_dir = Path(args.reference_dir)
     for path in (folder / "model_index.json", reference_dir / "reference.json"):
         if not path.is_file():
             raise ValueError(
-                f"'{path}' is missing: make the pipeline with train_fashion_sd.py and its reference/ with "
+                f"'{path}' is missing: make the pipeline with its train_*.py and the reference folder with "
                 "fashion_classifier.py, both beside this program."
             )
     reference = json.loads((reference_dir / "reference.json").read_text())
-    if args.guidance_scale is None:
-        args.guidance_scale = reference.get("samples", {}).get("guidance_scale", 3.0)
+    recorded = folder / "quality.json"
+    for name, value in (json.loads(recorded.read_text()) if recorded.is_file() else {}).items():
+        if name in CALL_SETTINGS and getattr(args, name) is None:
+            setattr(args, name, value)
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if SCHEDULERS[args.scheduler] is not None:
         pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(pipeline.scheduler.config)
@@ -107,6 +121,8 @@ def main():
     seconds = time.time() - since
     # Rounded to 8 bits, as the real images are.
     gray = (images.mean(1, keepdim=True) * 255).round() / 127.5 - 1
+    if gray.shape[-1] != IMAGE_SIZE:
+        gray = F.interpolate(gray, size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
     predicted, features = classify(FashionClassifier.from_pretrained(reference_dir), gray)
     statistics = load_file(reference_dir / "statistics.safetensors")
     distance = frechet_distance(*mean_and_covariance(features), statistics["mean"], statistics["covariance"])
@@ -124,7 +140,7 @@ def main():
         print(f"{name:>12}  {per_class[name]:6.1%}  (real {real:6.1%})  taken for: {', '.join(others) or '-'}")
     accuracy = right.double().mean().item()
     result = {
-        "guidance_scale": args.guidance_scale,
+        **call_settings(args),
         "num_inference_steps": args.num_inference_steps,
         "scheduler": args.scheduler,
         "seed": args.seed,
@@ -136,7 +152,7 @@ def main():
     }
     print(f"accuracy {accuracy:.1%} on {len(labels)} samples, {reference['test_accuracy']:.1%} on real test images")
     print(f"Frechet distance {distance:.3f} ({reference['frechet_distance_of_test_images']:.3f} for real test images)")
-    print(f"guidance {args.guidance_scale}, {args.num_inference_steps} steps of {args.scheduler}, {seconds:.0f} s")
+    print(f"{call_settings(args)}, {args.num_inference_steps} steps of {args.scheduler}, {seconds:.0f} s")
 
     picture = grid(images, len(reference["classes"]), columns=12)
     if args.output_dir:
@@ -146,8 +162,7 @@ def main():
         (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     if args.record:
         picture.save(folder / "samples.png", optimize=True)
-        path = reference_dir / "reference.json"
-        path.write_text(json.dumps({**reference, "samples": result}, indent=2) + "\n")
+        recorded.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
