@@ -10,12 +10,20 @@ from pathlib import Path
 import yaml
 
 
+SECTIONS = ("make_teacher_set", "train_ld3", "publish")  # the programs, by their parsers' names
+COMMON, ABOUT = "common", "about"
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse `argv` after the entries of the recipe that `--config` names, so that the command line wins.
 
     A recipe maps argument names without dashes to values: a flag's is true or false, a list gives several values, null leaves
-    the default. Types and choices are checked as if typed. A recipe that cannot be read, or an unknown name in it, is a usage
-    error.
+    the default. Types and choices are checked as if typed.
+
+    One file may serve several programs. It then has sections: `common` for all, one named like each program (`parser.prog`),
+    which adds to `common` and overrides it, and `about` for facts that no program reads.
+
+    A recipe that cannot be read, an unknown section, or an unknown name in the program's entries, is a usage error.
     """
     parser.allow_abbrev = False
     parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe: values for arguments that are not given here")
@@ -28,33 +36,78 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return namespace
 
 
-def _recipe_tokens(parser: argparse.ArgumentParser, path: str) -> list[str]:
+def read_recipe(path: str | Path) -> dict:
+    """The content of a recipe file.
+
+    Raises:
+        ValueError: if it cannot be read, or is no mapping.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"cannot read the recipe {path!r}: {' '.join(str(error).split())}")
+        raise ValueError(f"cannot read the recipe {str(path)!r}: {error}") from error
     if not isinstance(recipe, dict):
-        parser.error(f"the recipe {path!r} is no mapping of argument names to values; write one `name: value` a line")
-    options = {name: action for action in parser._actions for name in action.option_strings}
-    unknown = sorted(str(key) for key in recipe if f"--{key}" not in options or key in ("config", "help"))
+        raise ValueError(
+            f"the recipe {str(path)!r} is no mapping of argument names to values; write one `name: value` a line"
+        )
+    return recipe
+
+
+def recipe_entries(recipe: dict, program: str) -> dict:
+    """What a recipe says to a program: all of it if it is flat, else `common` and then the program's section.
+
+    Raises:
+        ValueError: for an unknown section, or one that is no mapping.
+    """
+    known = (COMMON, *SECTIONS, ABOUT)
+    if not any(name in recipe for name in known):
+        return recipe
+    unknown = [str(name) for name in recipe if name not in known]
     if unknown:
-        parser.error(f"the recipe {path!r} has unknown entries {', '.join(unknown)}; see --help for the names")
+        raise ValueError(f"unknown sections {', '.join(unknown)}; a recipe with sections has only {', '.join(known)}")
+    entries = {}
+    for name in (COMMON, program):
+        section = {} if recipe.get(name) is None else recipe[name]
+        if not isinstance(section, dict):
+            raise ValueError(f"the section {name} is no mapping of argument names to values")
+        entries.update(section)
+    return entries
+
+
+def _recipe_tokens(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    with usage_errors(parser):
+        recipe = read_recipe(path)
+        try:
+            return _tokens(parser, recipe_entries(recipe, parser.prog))
+        except ValueError as error:
+            raise ValueError(f"the recipe {path!r}: {error}") from error
+
+
+def _tokens(parser: argparse.ArgumentParser, entries: dict) -> list[str]:
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    unknown = sorted(str(key) for key in entries if f"--{key}" not in options or key in ("config", "help"))
+    if unknown:
+        raise ValueError(f"unknown entries {', '.join(unknown)} for {parser.prog}; see --help for the names")
     tokens = []
-    for key, value in recipe.items():
+    for key, value in entries.items():
         option = f"--{key}"
+        flag = options[option].nargs == 0 or isinstance(options[option], argparse.BooleanOptionalAction)
         if value is None:
             continue
-        if options[option].nargs == 0 or isinstance(options[option], argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                parser.error(f"{key} in the recipe {path!r} is a flag; write true or false")
-            if value:
-                tokens.append(option)
-            elif f"--no-{key}" in options:
-                tokens.append(f"--no-{key}")
+        if flag and not isinstance(value, bool):
+            raise ValueError(f"{key} is a flag; write true or false")
+        if isinstance(value, bool) and not flag:
+            raise ValueError(f"{key} is no flag, and YAML reads its value as {value}; put it in quotes")
+        if isinstance(value, dict) or isinstance(value, list) and options[option].nargs is None:
+            raise ValueError(f"{key} takes one value, got {value}")
+        if flag and value:
+            tokens.append(option)
+        elif flag and f"--no-{key}" in options:
+            tokens.append(f"--no-{key}")
         elif isinstance(value, list):
             tokens += [option, *map(str, value)]
-        else:
+        elif not flag:
             tokens.append(f"{option}={value}")
     return tokens
 

@@ -5,9 +5,12 @@ import argparse
 
 from ld3_diffusers.solvers import SOLVERS, VARIANTS
 
+from .call_settings import add_call_arguments, check_call_arguments
 from .initial import FINAL_SIGMAS_TYPES
+from .learning_pairs import OF_MAKING
 from .objectives import LOSS_SPACES, LOSSES
 from .parameters import LEARNABLE
+from .prompts import add_prompt_arguments
 from .recipe import RECIPES, Recipe, make_recipe
 
 
@@ -22,7 +25,7 @@ RECIPE_ARGUMENTS = {
     "max_steps": ("max_train_steps", int, "default: iterations"),
     "learn": (None, str, f"default: what to learn, of {','.join(LEARNABLE)}"),
     "last_level": (None, str, "default: last level before 0, free or fixed"),
-    "micro_batch_size": (None, int, "default: pairs that go through the network at once"),
+    "micro_batch_size": (None, int, "pairs that go through the network at once"),
     "warmup_steps": ("lr_warmup_steps", int, "default: iterations in which the rates rise"),
     "times_first": (None, float, "default: share of the iterations that learn times alone"),
     "validation_steps": (None, int, "default: iterations between validations"),
@@ -58,8 +61,13 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--pretrained_model_name_or_path", "--teacher", required=True, help="pipeline folder or Hub id")
     model.add_argument("--revision", help="branch, tag or commit on the Hub")
     model.add_argument("--variant", help="variant of the weight files, such as fp16")
-    model.add_argument("--guidance_scale", type=float, help="default: that of the teacher set")
     model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the pipeline")
+    model.add_argument(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute the network block by block: less memory, more time",
+    )
 
     pairs = p.add_argument_group("pairs")
     pairs.add_argument(
@@ -68,16 +76,20 @@ def parser() -> argparse.ArgumentParser:
     pairs.add_argument("--validation_set", help="another such folder; default: the end of the teacher set is held out")
     pairs.add_argument("--num_train", type=int, help="training pairs (default: all that are not held out)")
     pairs.add_argument("--num_valid", type=int, help="validation pairs (default: the validation set, or a third)")
-    pairs.add_argument("--prompts_file", help="without --teacher_set: its prompts, one a line")
-    pairs.add_argument("--caption_column", help="without --teacher_set: column of a .csv prompts file")
-    pairs.add_argument("--negative_prompt", help="without --teacher_set: for all prompts")
-    pairs.add_argument("--resolution", type=int, help="without --teacher_set: height and width in pixels")
-    pairs.add_argument(
-        "--teacher_steps", type=int, default=50, help="without --teacher_set: the teacher's evaluations"
-    )
+
+    made = p.add_argument_group("pairs made here", "without --teacher_set: what make_teacher_set is to do")
+    made.add_argument("--teacher_steps", type=int, default=50, help="the teacher's evaluations")
+    add_prompt_arguments(made)
+    add_call_arguments(made)
 
     schedule = p.add_argument_group("schedule")
-    schedule.add_argument("--nfe", type=int, required=True, help="network evaluations, guidance's doubling apart")
+    schedule.add_argument(
+        "--nfe",
+        type=int,
+        nargs="+",
+        required=True,
+        help="network evaluations, guidance's doubling apart: one or several",
+    )
     schedule.add_argument("--solver", choices=sorted(SOLVERS), default="unipc")
     schedule.add_argument("--solver_order", type=int, help="default: the solver's own")
     kinds = sorted({kind for kinds in VARIANTS.values() for kind in kinds})
@@ -128,22 +140,24 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for an impossible argument.
     """
-    for name in ("nfe", "num_train", "num_valid", "resolution", "teacher_steps", "checkpointing_steps"):
+    for name in ("num_train", "num_valid", "teacher_steps", "checkpointing_steps", "checkpoints_total_limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
-        raise ValueError(f"--checkpoints_total_limit must be at least 1, got {args.checkpoints_total_limit}")
+    if min(args.nfe) < 1 or len(set(args.nfe)) < len(args.nfe):
+        raise ValueError(f"--nfe must name different counts of at least 1, got {' '.join(map(str, args.nfe))}")
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, got {args.seed}")
     if args.teacher_set is not None:
-        for name in ("prompts_file", "caption_column", "negative_prompt", "resolution"):
+        for name in OF_MAKING:
             if getattr(args, name) is not None:
                 raise ValueError(
                     f"--{name} is for a teacher set made here, but --teacher_set is given; drop one of them"
                 )
     elif args.validation_set is not None:
         raise ValueError("--validation_set needs a --teacher_set beside it")
+    else:
+        check_call_arguments(args)
     if args.recipe == "published" and args.discretization != "best":
         raise ValueError("the published recipe starts from its own uniform grid; drop --discretization")
     if args.final_sigmas_type is None:

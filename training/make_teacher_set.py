@@ -18,7 +18,6 @@ import datasets
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 import ld3_diffusers
@@ -27,11 +26,13 @@ from ld3_diffusers.discretization import DISCRETIZATIONS
 from ld3_diffusers.solvers import SOLVERS
 
 from .arguments import check_writable, parse, usage_errors
+from .call_settings import CALL_SETTINGS, add_call_arguments, call_settings, check_call_arguments
 from .conditioning import ConditioningStore
-from .prompts import read_prompts
+from .processes import COLLECTIVE_TIMEOUT, is_sharded, lost_process_message, on_main, shard, turns
+from .prompts import add_prompt_arguments, prompts_of
 from .rollout import PipelineRollout
-from .teacher import check_teacher_name, load_teacher, teacher_digest
-from .teacher_set import TeacherSetWriter, starting_noise
+from .teacher import check_teacher_name, encoding, free_text_encoders, load_teacher, teacher_digest
+from .teacher_set import TeacherSetWriter, has_embeddings, starting_noise
 
 
 PROMPTS_PER_ENCODING = 16
@@ -65,17 +66,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--train_batch_size", "--batch_size", type=int, default=16, help="samples at once (default: %(default)s)"
     )
-    p.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
-    p.add_argument("--resolution", type=int, help="height and width in pixels")
-    p.add_argument("--height", type=int, help="pixels; default: the pipeline's")
-    p.add_argument("--width", type=int, help="pixels; default: the pipeline's")
+    add_call_arguments(p)
     p.add_argument("--seed", type=int, default=0, help="seed of the first sample (default: %(default)s)")
-    p.add_argument(
-        "--prompts_file", help="text, one prompt (or class label) a line; .csv or .tsv; .json, also COCO captions"
-    )
-    p.add_argument("--caption_column", help="column of the .csv file")
-    p.add_argument("--max_prompts", type=int, help="use only the first so many prompts")
-    p.add_argument("--negative_prompt", help="for all prompts; default: the pipeline's")
+    add_prompt_arguments(p)
     p.add_argument("--split", default="train", help="name of this split, recorded (default: %(default)s)")
     p.add_argument(
         "--mixed_precision",
@@ -92,22 +85,17 @@ def check(args: argparse.Namespace) -> list[str] | None:
     Raises:
         ValueError: for an impossible argument.
     """
-    for name in ("num_samples", "num_inference_steps", "train_batch_size", "height", "width", "resolution"):
+    for name in ("num_samples", "num_inference_steps", "train_batch_size"):
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, got {args.seed}")
-    if args.resolution is not None:
-        if args.height is not None or args.width is not None:
-            raise ValueError("--resolution gives both height and width; drop it, or --height and --width")
-        args.height = args.width = args.resolution
+    check_call_arguments(args)
     check_teacher_name(args.pretrained_model_name_or_path)
     if not Path(args.output_dir).exists():  # a finished set may lie in a folder that is read-only
         check_writable(args.output_dir)
-    if args.prompts_file is None:
-        return None
-    return read_prompts(args.prompts_file, caption_column=args.caption_column, max_prompts=args.max_prompts)
+    return prompts_of(args, args.num_samples)
 
 
 def teacher_scheduler(args: argparse.Namespace, config) -> LD3Scheduler:
@@ -123,24 +111,22 @@ def teacher_scheduler(args: argparse.Namespace, config) -> LD3Scheduler:
 def main(argv=None) -> None:
     command_line = parser()
     args = parse(command_line, argv)
-    with usage_errors(command_line):
+    with usage_errors(command_line), lost_process_message(args.output_dir):
         make(args, check(args))
 
 
 def make(args: argparse.Namespace, prompts: list[str] | None) -> None:
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(kwargs_handlers=[COLLECTIVE_TIMEOUT])
     pipe = load_teacher(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
         mixed_precision=args.mixed_precision,
-        device=accelerator.device,
+        device=None,  # text encoders and the denoiser may not fit together
+        text_encoders=not has_embeddings(args.output_dir),
     )
     pipe.scheduler = teacher_scheduler(args, pipe.scheduler.config)
-    call = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
-    with PipelineRollout(
-        pipe, guidance_scale=args.guidance_scale, height=args.height, width=args.width, checkpointing=False, **call
-    ) as rollout:
+    with PipelineRollout(pipe, checkpointing=False, **call_settings(args)) as rollout:
         writer = TeacherSetWriter(args.output_dir, request(args, prompts, rollout))
         if writer.finished:
             accelerator.print(f"{args.output_dir} is finished already: {args.num_samples} pairs")
@@ -161,10 +147,8 @@ def request(args: argparse.Namespace, prompts: list[str] | None, rollout: Pipeli
         "pipeline": type(rollout.pipe).__name__,
         "teacher_digest": teacher_digest(rollout.pipe),
         "dtype": args.mixed_precision if args.mixed_precision != "no" else "float32",
+        **{name: getattr(args, name) for name in CALL_SETTINGS},
         "guidance_scale": rollout.guidance_scale,
-        "height": args.height,
-        "width": args.width,
-        "negative_prompt": args.negative_prompt,
         "num_inference_steps": args.num_inference_steps,
         **facts,
         "noise_path": scheduler.config.noise_path,
@@ -193,35 +177,34 @@ def encode_and_sample(
         # Prompts beyond the samples are never used.
         used = prompts[: args.num_samples]
         starts = range(0, len(used), PROMPTS_PER_ENCODING)
-        return ConditioningStore.of([rollout.encode(used[start : start + PROMPTS_PER_ENCODING]) for start in starts])
+        return ConditioningStore.of(rollout.encode(used[start : start + PROMPTS_PER_ENCODING]) for start in starts)
 
-    failure = None
-    if accelerator.is_main_process:
-        try:
+    def begin() -> None:
+        with encoding(rollout.pipe, accelerator.device):
             writer.begin((prompts or [])[: args.num_samples], encode)
-        except ValueError as error:
-            if accelerator.num_processes == 1:
-                raise
-            failure = str(error)
-    # The other processes must not wait for, or work beside, one that has given up.
-    [failure] = broadcast_object_list([failure])
-    if failure is not None:
-        raise ValueError(failure)
 
+    on_main(begin, accelerator)
     store = writer.store()
+    if not store.has_text:
+        free_text_encoders(rollout.pipe)
+    shard(rollout.pipe, accelerator)
+    if not is_sharded(accelerator):
+        rollout.pipe.to(accelerator.device)
     num_prompts = min(len(prompts), args.num_samples) if prompts else 1
     shape = rollout.state_shape(store.select([0], accelerator.device))
     missing = writer.missing()
     accelerator.wait_for_everyone()  # nobody writes a shard before all have seen what is missing
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    progress = tqdm(mine, desc="teacher", unit="batch", disable=not accelerator.is_local_main_process)
-    for shard in progress:
-        indices = writer.indices(shard)
+    progress = tqdm(
+        turns(missing, accelerator), desc="teacher", unit="batch", disable=not accelerator.is_local_main_process
+    )
+    for part, own in progress:
+        indices = writer.indices(part)
         seeds = [args.seed + i for i in indices]
         prompt_indices = [i % num_prompts for i in indices]
         noise = starting_noise(seeds, shape) if rollout.moves_noise else torch.tensor(seeds)
         end = rollout(args.num_inference_steps, noise, store.select(prompt_indices, accelerator.device))
-        writer.write(shard, noise if rollout.moves_noise else None, end, prompt_indices)
+        if own:
+            writer.write(part, noise if rollout.moves_noise else None, end, prompt_indices)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finished = writer.finish(shape)

@@ -7,9 +7,9 @@ extra networks are those that it will sample with, for every model family alike.
 """
 
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ld3_diffusers import LD3Scheduler, Schedule
 from .conditioning import Conditioning, batch_size, expanded, named_embeddings
 from .decoding import decode
 from .denoisers import Calls, Evaluations, denoisers, instrumented, replaced
+from .denoisers import gradient_checkpointing as checkpointed_blocks
 
 
 OWN_ARGUMENTS = (
@@ -51,12 +52,15 @@ class PipelineRollout:
         pipe: any text-to-image, text-to-video, class-conditional or unconditional pipeline with one sampling loop.
         guidance_scale, height, width: of the call; None: the pipeline's defaults.
         checkpointing: recompute each network call in the backward pass.
+        gradient_checkpointing: and within that, each block of the network by itself, for one more forward evaluation; until
+            [`close`].
         call_kwargs: further arguments of the pipeline's `__call__`, such as `true_cfg_scale`, a ControlNet's `image`, or
             `prompt` and `negative_prompt` as defaults of [`encode`].
 
     Attributes:
         scheduler: the [`LD3Scheduler`] in use.
         evaluations: counters `forward`, `recomputed` and `backward`; see [`Evaluations`].
+        stock_scheduler: the one that the pipeline came with.
         moves_noise: whether the starting noise is a tensor; else the pipeline draws its own and `noise` is a LongTensor of seeds.
 
     Raises:
@@ -71,6 +75,7 @@ class PipelineRollout:
         height: int | None = None,
         width: int | None = None,
         checkpointing: bool = True,
+        gradient_checkpointing: bool = False,
         **call_kwargs,
     ):
         kind = type(pipe).__name__
@@ -113,25 +118,32 @@ class PipelineRollout:
                     f"feature caching skips evaluations and gradients; call pipe.{name}.disable_cache() first"
                 )
 
-        self._stock_scheduler = pipe.scheduler
         # A scheduler of our own even where there was an LD3Scheduler: its schedules answer for some step counts only.
-        pipe.scheduler = self.scheduler = LD3Scheduler.from_config(pipe.scheduler.config, schedules=None)
+        self.scheduler = LD3Scheduler.from_config(pipe.scheduler.config, schedules=None)
+        self._blocks = ExitStack()
+        if gradient_checkpointing:
+            self._blocks.enter_context(checkpointed_blocks(pipe))
+        self.stock_scheduler = pipe.scheduler
+        pipe.scheduler = self.scheduler
         modules = [component for component in pipe.components.values() if isinstance(component, nn.Module)]
-        self._training = [(part, part.training) for module in modules for part in module.modules()]
-        self._frozen = [p for module in modules for p in module.parameters() if p.requires_grad]
+        # weak references: text encoders may be freed before the rollout is closed
+        self._training = [(weakref.ref(part), part.training) for module in modules for part in module.modules()]
+        self._frozen = [weakref.ref(p) for module in modules for p in module.parameters() if p.requires_grad]
         for module in modules:
-            module.eval()
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+            module.eval().requires_grad_(False)
         self._start: tuple[tuple[int, ...], torch.dtype] | None = None
+        self._time_dtype: torch.dtype | None = None
 
     def close(self) -> None:
         """Give the pipeline back as it came."""
-        self.pipe.scheduler = self._stock_scheduler
-        for module, training in self._training:
-            module.training = training
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        self.pipe.scheduler = self.stock_scheduler
+        self._blocks.close()
+        for reference, training in self._training:
+            if (module := reference()) is not None:
+                module.training = training
+        for reference in self._frozen:
+            if (parameter := reference()) is not None:
+                parameter.requires_grad_(True)
         self._training, self._frozen = [], []
 
     def __enter__(self) -> "PipelineRollout":
@@ -148,6 +160,11 @@ class PipelineRollout:
     @property
     def device(self) -> torch.device:
         return self.pipe._execution_device
+
+    @property
+    def mu(self) -> float:
+        """Resolution shift of the last call, in logit s; 0 where there is none."""
+        return self.scheduler.mu
 
     @property
     def guidance_scale(self) -> float | None:
@@ -203,7 +220,7 @@ class PipelineRollout:
                     f"{type(self.pipe).__name__} draws its own noise; pass a LongTensor with one seed a sample"
                 )
             arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in noise]
-        nfe = self._use(schedule)
+        nfe = self._use(schedule if isinstance(schedule, int) else self.rounded(schedule, conditioning))
 
         calls = Calls(self.evaluations, batch)
         results: list[Tensor] = []
@@ -315,7 +332,10 @@ class PipelineRollout:
         return names[label]
 
     def _starting_state(self, conditioning: Conditioning) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape, without the batch, and dtype of the state in which the pipeline starts; found by one step of a real run."""
+        """Shape, without the batch, and dtype of the state in which the pipeline starts; found by one step of a real run.
+
+        The dtype in which its network is told the time is found on the way.
+        """
         if self._start is None:
             batch = batch_size(conditioning) or 1
             arguments = self._arguments(conditioning, batch)
@@ -326,8 +346,19 @@ class PipelineRollout:
                 self._start = tuple(state.shape[1:]), state.dtype
                 raise _EndReached
 
+            def watched(forward):
+                def run(*args, **kwargs):
+                    time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+                    if isinstance(time, Tensor) and time.is_floating_point():
+                        self._time_dtype = time.dtype
+                    return forward(*args, **kwargs)
+
+                return run
+
             self.scheduler.use_schedule(None)
-            with torch.no_grad():
+            with torch.no_grad(), ExitStack() as stack:
+                for module in denoisers(self.pipe).values():
+                    stack.enter_context(replaced(module, "forward", watched(module.forward)))
                 self._run(2, arguments, on_step)
             if self._start is None:
                 raise ValueError(
@@ -339,47 +370,21 @@ class PipelineRollout:
         """Shape of one sample's state, and with `moves_noise` of its starting noise, as the pipeline takes it for `latents`."""
         return self._starting_state(self._embeddings if conditioning is None else conditioning)[0]
 
+    def rounded(self, schedule: Schedule, conditioning: Conditioning | None = None) -> Schedule:
+        """The schedule with network times as the network gets them; their gradient passes the rounding unchanged.
+
+        Pipelines of the Flux family cast the time to the dtype of their latents: bfloat16 keeps every fourth of 512 to 1024.
+        """
+        self._starting_state(self._embeddings if conditioning is None else conditioning)
+        if self._time_dtype not in (torch.bfloat16, torch.float16):
+            return schedule
+        return schedule.rounded(self.path, self._time_dtype, mu=self.mu)
+
     # ------------------------------------------------------------------ results
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in about [-1, 1], differentiable; see [`decode`]."""
         return decode(self.pipe, latents, height=self.call_kwargs.get("height"), width=self.call_kwargs.get("width"))
-
-    def check_gradients(self, schedule: Schedule, noise: Tensor, conditioning: Conditioning | None = None) -> None:
-        """One backward pass of a random linear function of the end state.
-
-        Raises:
-            ValueError: naming every inner level and every network time but the first whose gradient is absent, zero or not
-                finite, and where it is usually lost.
-        """
-        times = schedule.times.detach().clone().requires_grad_()
-        network_times = schedule.network_times.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            end = self(replace(schedule, times=times, network_times=network_times), noise, conditioning)
-            generator = torch.Generator().manual_seed(0)
-            cotangent = torch.randn(end.shape, generator=generator, dtype=torch.float32).to(end.device)
-            loss = (end.float() * cotangent).sum()
-            if loss.requires_grad:
-                gradients = torch.autograd.grad(loss, [times, network_times], allow_unused=True)
-            else:
-                gradients = (None, None)
-        lost = []
-        # The last level ends the path and the first is where noise starts: neither is free.
-        for name, values, gradient, free in (
-            ("times", times, gradients[0], range(1, len(times) - 1)),
-            ("network_times", network_times, gradients[1], range(1, len(network_times))),
-        ):
-            for i in free:
-                # Repeated entries, of a two-stage solver, are one free time.
-                total = None if gradient is None else gradient[values.detach() == values.detach()[i]]
-                if total is None or not bool(torch.isfinite(total).all()) or not bool((total != 0).any()):
-                    lost.append(f"{name}[{i}]")
-        if lost:
-            raise ValueError(
-                f"no gradient reaches {', '.join(lost)}; {type(self.pipe).__name__} or its network cuts the graph: look for "
-                "t.item(), .detach() or an integer cast of the timestep, feature caching, sequential offload or quantised "
-                "kernels, or learn these times with a gradient-free optimiser"
-            )
 
 
 def _observed(step: Callable, on_step: Callable) -> Callable:

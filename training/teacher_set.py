@@ -37,13 +37,13 @@ from datasets.utils.logging import is_progress_bar_enabled
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .call_settings import call_settings
 from .conditioning import Conditioning, ConditioningStore
 from .teacher import teacher_digest
 
 
-__all__ = ["TeacherSet", "TeacherSetWriter", "check_disjoint", "starting_noise", "teacher_digest"]
+__all__ = ["TeacherSet", "TeacherSetWriter", "check_disjoint", "prompt_hash", "starting_noise", "teacher_digest"]
 
-SETTINGS = ("guidance_scale", "height", "width")
 LARGEST_SEED = 2**63 - 1
 
 
@@ -52,6 +52,11 @@ def starting_noise(seeds, shape: tuple[int, ...]) -> Tensor:
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float32) for seed in seeds]
     )
+
+
+def prompt_hash(prompt: str) -> str:
+    """Twelve hexadecimal digits by which a schedule remembers the prompts (or labels) that it was learned on."""
+    return hashlib.sha256(str(prompt).strip().encode()).hexdigest()[:12]
 
 
 class TeacherSet:
@@ -102,6 +107,11 @@ class TeacherSet:
         return len(self.pairs)
 
     @property
+    def needs_text_encoders(self) -> bool:
+        """Whether a pipeline that learns from this set needs them; False where embeddings, labels or nothing are stored."""
+        return self.store.has_text
+
+    @property
     def seeds(self) -> range:
         first = self.provenance["base_seed"]
         return range(first, first + len(self))
@@ -121,10 +131,20 @@ class TeacherSet:
             noise = rows["seed"].long()
         return noise, end, self.store.select([int(i) for i in rows["prompt_index"]], device)
 
-    def check(
-        self, pipe, *, guidance_scale: float | None = None, height: int | None = None, width: int | None = None
-    ) -> None:
-        """Compare with the pipeline and settings that a schedule is to be learned for; settings that are None are not compared.
+    def used(self, indices) -> dict[str, list]:
+        """What pairs `indices` were made of: `seeds`, as [first, last], and `prompts`, as sorted hashes, plain JSON."""
+        seeds = [self.seeds[i] for i in indices]
+        rows = set(self.pairs.with_format(None)[list(indices)]["prompt_index"])
+        prompts = {prompt_hash(self.prompts[row]) for row in rows} if self.prompts else set()
+        return {"seeds": [min(seeds), max(seeds)], "prompts": sorted(prompts)}
+
+    @property
+    def call_settings(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call that made the pairs."""
+        return call_settings(self.provenance)
+
+    def check(self, pipe, **settings) -> None:
+        """Compare with the pipeline and call settings that a schedule is to be learned for; settings that are None are not compared.
 
         Raises:
             ValueError: naming what differs.
@@ -134,8 +154,8 @@ class TeacherSet:
                 f"this teacher set was made by other weights or in another dtype (teacher {self.provenance['teacher']!r}, "
                 f"{self.provenance['dtype']}); make one with this pipeline, or load the pipeline that made it"
             )
-        for name, value in zip(SETTINGS, (guidance_scale, height, width)):
-            made = self.provenance[name]
+        for name, value in settings.items():
+            made = self.provenance.get(name)
             if value is not None and made is not None and made != value:
                 raise ValueError(
                     f"this teacher set was made with {name}={made}, not {value}; make one with {name}={value}"
@@ -157,6 +177,13 @@ def check_disjoint(a: TeacherSet, b: TeacherSet) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def has_embeddings(path: str | Path) -> bool:
+    """Whether a set, finished or not, can be continued without text encoders."""
+    files = [folder / "prompts.json" for folder in (Path(path), _partial(Path(path)))]
+    found = [file for file in files if file.is_file()]
+    return bool(found) and not json.loads(found[0].read_text(encoding="utf-8"))["conditioning"]
 
 
 def _write(path: Path, write) -> None:

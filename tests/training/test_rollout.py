@@ -9,6 +9,7 @@ import torch
 from ld3_diffusers import LD3Scheduler, SolverSpec
 from tests.tiny_pipelines import PIPELINES
 from tests.training.rollouts import close, make, noise_for, schedule_for
+from training.gradient_check import check_gradients
 
 
 # ---------------------------------------------------------------------- the student is the pipeline
@@ -188,7 +189,7 @@ def test_bfloat16_pipelines_learn_in_their_own_dtype():
     rollout.pipe.to(torch.bfloat16)
     conditioning = rollout.encode()
     noise = noise_for(rollout, conditioning)
-    rollout.check_gradients(schedule_for(rollout), noise, conditioning)
+    check_gradients(rollout, schedule_for(rollout), noise, conditioning)
     assert rollout(2, noise, conditioning).dtype == torch.bfloat16
 
 
@@ -205,7 +206,7 @@ def test_names_the_network_times_that_a_denoiser_detaches():
     conditioning = rollout.encode()
     noise = noise_for(rollout, conditioning)
     schedule = schedule_for(rollout)
-    rollout.check_gradients(schedule, noise, conditioning)
+    check_gradients(rollout, schedule, noise, conditioning)
     cut_time(rollout.pipe.unet)
     # The conversion to the solver's form knows the network times too; with epsilon and a noise-form solver nothing does.
     schedule = replace(schedule, spec=SolverSpec("ddim"), network_times=schedule.network_times)
@@ -214,7 +215,7 @@ def test_names_the_network_times_that_a_denoiser_detaches():
     schedule = replace(schedule, spec=SolverSpec("ipndm"))
     assert schedule.table(rollout.path).form == "noise"
     with pytest.raises(ValueError, match=r"reaches network_times\[1\], network_times\[2\];.*t\.item\(\)"):
-        rollout.check_gradients(schedule, noise, conditioning)
+        check_gradients(rollout, schedule, noise, conditioning)
 
 
 def test_names_everything_when_the_pipeline_cuts_the_graph():
@@ -232,4 +233,4 @@ def test_names_everything_when_the_pipeline_cuts_the_graph():
         v.detach() if isinstance(v, torch.Tensor) else v for v in step(output, t, sample, **kwargs)
     )
     with pytest.raises(ValueError, match=r"times\[1\], times\[2\], network_times\[1\], network_times\[2\]"):
-        rollout.check_gradients(schedule_for(rollout), noise_for(rollout, conditioning), conditioning)
+        check_gradients(rollout, schedule_for(rollout), noise_for(rollout, conditioning), conditioning)

@@ -13,6 +13,7 @@ from tests.tiny_pipelines import PIPELINES
 from training import make_teacher_set, train_ld3
 from training.learning_arguments import RECIPE_ARGUMENTS, RECIPE_FLAGS, parser
 from training.recipe import RECIPES
+from training.teacher_set import TeacherSet, prompt_hash
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,6 @@ def test_learns_saves_and_serves_several_counts_from_one_folder(room, tmp_path):
         "nfe-3/schedule.png",
         "nfe-3/training_log.jsonl",
         "nfe-3/checkpoint-6/learner.pt",
-        "nfe-3/checkpoint-6/random_states_0.pt",
     }
     log = [json.loads(line) for line in (output / "nfe-3" / "training_log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
@@ -71,6 +71,11 @@ def test_learns_saves_and_serves_several_counts_from_one_folder(room, tmp_path):
     assert facts["loss"] == min(entry["valid_loss"] for entry in log if "valid_loss" in entry)
     assert facts["guidance_scale"] == 2 and facts["height"] == 32 and facts["recipe"] == "default"
     assert facts["teacher_name"] == "sd" and facts["teacher_solver"] == "unipc" and facts["teacher_steps"] == 20
+    fox, bird = sorted([prompt_hash("a red fox"), prompt_hash("a blue bird")])
+    assert facts["learned_on"] == {
+        "train": {"seeds": [0, 4], "prompts": [fox, bird]},
+        "valid": {"seeds": [5, 7], "prompts": [fox, bird]},
+    }
     assert str(tmp_path) not in (output / "scheduler_config.json").read_text()
 
     train_ld3.main(arguments(room, output, "--solver", "unipc", nfe=2))
@@ -92,7 +97,7 @@ def test_the_saved_schedule_samples_as_it_was_judged(room, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = LD3Scheduler.from_pretrained(output)
     pipe.scheduler.check(pipe)
-    pairs = train_ld3.TeacherSet.load(room / "pairs")
+    pairs = TeacherSet.load(room / "pairs")
     noise, target, conditioning = pairs.batch([5, 6, 7])
     call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent", "height": 32, "width": 32}
     end = pipe(**conditioning, latents=noise, **call).images
@@ -116,11 +121,28 @@ def test_an_interrupted_run_continues_to_the_same_file(room, tmp_path, monkeypat
     monkeypatch.setattr(train_ld3, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_ld3.main(arguments(room, broken))
-    assert files(broken) == {"nfe-3/checkpoint-4/learner.pt", "nfe-3/checkpoint-4/random_states_0.pt"}
+    assert files(broken) == {"nfe-3/checkpoint-4/learner.pt"}
     monkeypatch.setattr(train_ld3, "learn", real)
     train_ld3.main(arguments(room, broken, "--resume_from_checkpoint", "latest"))
     for name in ("scheduler_config.json", "nfe-3/training_log.jsonl"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
+
+
+def test_several_counts_in_one_run_and_those_that_are_done_are_left(room, tmp_path, capsys):
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    train_ld3.main(arguments(room, together, "--nfe", "2", "3"))
+    train_ld3.main(arguments(room, apart, nfe=3))
+    both = LD3Scheduler.from_pretrained(together)
+    assert both.learned_counts == [2, 3]
+    assert both.config.schedules["3"] == LD3Scheduler.from_pretrained(apart).config.schedules["3"]
+
+    before = (together / "scheduler_config.json").read_bytes()
+    capsys.readouterr()
+    train_ld3.main(arguments(room, together, "--nfe", "2", "3", "--resume_from_checkpoint", "latest"))
+    assert capsys.readouterr().out.count("evaluations already") == 2
+    assert (together / "scheduler_config.json").read_bytes() == before
+    again = arguments(room, together, "--nfe", "2", "--resume_from_checkpoint", "latest", "--seed", "1")
+    assert "its seed is 0, this run's 1" in refused(capsys, again)  # another run: its checkpoints are not continued
 
 
 def test_a_teacher_set_is_made_where_none_is_given(room, tmp_path):
@@ -130,7 +152,7 @@ def test_a_teacher_set_is_made_where_none_is_given(room, tmp_path):
     )
     given = ["--no_set", "--prompts_file", str(room / "prompts.txt"), "--config", str(recipe), "--allow_worse"]
     train_ld3.main(arguments(room, output, *given))
-    made = train_ld3.TeacherSet.load(output / "teacher_set")
+    made = TeacherSet.load(output / "teacher_set")
     assert len(made) == 5 and made.provenance["guidance_scale"] == 1.5
     facts = LD3Scheduler.from_pretrained(output).config.schedules["3"]["provenance"]
     assert facts["recipe_settings"]["lr_times"] == 0.1 and facts["train_pairs"] == 3
@@ -158,7 +180,9 @@ def refused(capsys, given):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (["--nfe", "0"], "--nfe must be at least 1"),
+        (["--nfe", "0"], "--nfe must name different counts of at least 1, got 0"),
+        (["--nfe", "3", "3"], "--nfe must name different counts of at least 1, got 3 3"),
+        (["--true_cfg_scale", "2"], "is for a teacher set made here"),
         (["--teacher", "nowhere"], "neither an existing folder nor a Hub id"),
         (["--solver_order", "7"], "dpmpp has no order 7"),
         (["--solver_type", "bh1"], "dpmpp has no solver_type 'bh1'"),

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder that learning writes: one scheduler config with a schedule for each count, and how each came about."""
+
+import json
+import math
+import os
+import shutil
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+
+import ld3_diffusers
+from ld3_diffusers import LD3Scheduler, Schedule
+from ld3_diffusers.schedulers.stock_config import BETA_KEYS, FLOW_KEYS, SIGMA_KEYS
+
+from .learner import LearnResult, Problem
+from .recipe import Recipe
+from .schedule_plot import plot_schedules
+
+
+CONFIG = "scheduler_config.json"
+MODEL_KEYS = (
+    *("noise_path", "prediction_type", "num_train_timesteps", "shift_terminal", "time_shift_type"),
+    *BETA_KEYS,
+    *FLOW_KEYS,
+    *SIGMA_KEYS,
+)
+
+
+def existing(folder: str | Path) -> LD3Scheduler | None:
+    """The scheduler that the folder already holds; a `ValueError` if it cannot be read."""
+    return LD3Scheduler.from_pretrained(folder) if Path(folder, CONFIG).exists() else None
+
+
+def check_same_model(present: LD3Scheduler | None, config) -> None:
+    """Raises a `ValueError` if the schedules in the output folder are for another kind of model."""
+    if present is None:
+        return
+    for key in MODEL_KEYS:
+        if present.config[key] != config[key]:
+            raise ValueError(
+                f"the output folder holds schedules for a model with {key}={present.config[key]!r}, this one has "
+                f"{config[key]!r}; choose another --output_dir"
+            )
+
+
+def settings(args: Namespace, recipe: Recipe, problem: Problem) -> dict:
+    """Facts of a run that are known before it, as plain JSON: teacher, settings of its call, pairs, recipe."""
+    pipe, made = problem.rollout.pipe, problem.train.whole
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    # A local folder's name identifies nothing; `LD3Scheduler.check` compares "teacher", so that is a Hub id or absent.
+    local = Path(args.pretrained_model_name_or_path).is_dir()
+    facts = {
+        "teacher": None if local else args.pretrained_model_name_or_path,
+        "teacher_name": Path(args.pretrained_model_name_or_path).resolve().name if local else None,
+        "revision": args.revision,
+        "teacher_digest": made.provenance["teacher_digest"],
+        "pipeline": type(pipe).__name__,
+        # FSDP puts its name before that of the network's class.
+        "denoiser": None if denoiser is None else type(denoiser).__name__.removeprefix("FSDP"),
+        "in_channels": None if denoiser is None else denoiser.config.get("in_channels"),
+        "guidance_embeds": None if denoiser is None else denoiser.config.get("guidance_embeds"),
+        "dtype": None if denoiser is None else str(denoiser.dtype).removeprefix("torch."),
+        **made.call_settings,
+        "teacher_solver": made.provenance.get("solver"),
+        "teacher_solver_order": made.provenance.get("solver_order"),
+        "teacher_discretization": made.provenance.get("discretization"),
+        "teacher_steps": made.provenance["num_inference_steps"],
+        "recipe": recipe.name,
+        "recipe_settings": json.loads(json.dumps(asdict(recipe))),
+        "loss_name": args.loss,
+        "loss_space": args.loss_space,
+        "train_pairs": len(problem.train),
+        "valid_pairs": len(problem.valid),
+        "learned_on": {"train": problem.train.used(), "valid": problem.valid.used()},
+        "seed": args.seed,
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def results(result: LearnResult, start: str, rivals: dict[str, float], mu: float) -> dict:
+    """Facts that learning found out."""
+    best = next(iter(rivals))
+    return {
+        "start": start,
+        "initial_loss": result.initial_loss,
+        "loss": result.loss,
+        "best_grid": best,
+        "best_grid_loss": rivals[best],
+        **({"mu": mu} if mu else {}),
+        "versions": {
+            "ld3_diffusers": ld3_diffusers.__version__,
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def save(args: Namespace, result: LearnResult, stock, path, pictures: dict[str, Schedule]) -> None:
+    """Everything to a temporary folder first, then file by file to its place, the config last."""
+    output, schedule = Path(args.output_dir), result.schedule
+    entry, folder = {str(schedule.nfe): schedule.to_dict(path)}, output / f"nfe-{schedule.nfe}"
+    present = existing(output)
+    if present is None:
+        spec = schedule.spec
+        names = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final")
+        # None, a solver's default, is no value to a stock scheduler that may be made from this config
+        given = {name: getattr(spec, name) for name in names if getattr(spec, name) is not None}
+        scheduler = LD3Scheduler.from_config(stock, **given, schedules=entry)
+    else:
+        schedules = {**(present.config.schedules or {}), **entry}
+        ordered = {count: schedules[count] for count in sorted(schedules, key=int)}
+        scheduler = LD3Scheduler.from_config(present.config, schedules=ordered)
+    partial = output / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        scheduler.save_pretrained(partial)
+        LD3Scheduler.from_pretrained(partial)
+        numbers = [{k: v if math.isfinite(v) else None for k, v in entry.items()} for entry in result.history]
+        log = "".join(json.dumps({"step": i + 1, **entry}) + "\n" for i, entry in enumerate(numbers))
+        (partial / "training_log.jsonl").write_text(log, encoding="utf-8")
+        plot_schedules(pictures, path, partial / "schedule.png")
+        folder.mkdir(exist_ok=True)
+        for name in ("training_log.jsonl", "schedule.png"):
+            os.replace(partial / name, folder / name)
+        os.replace(partial / CONFIG, output / CONFIG)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
