@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedulers side by side: the same starting noises and prompts through the same pipeline, compared with the teacher's end points."""
+"""Schedulers side by side: the same starting noises and embeddings through the same pipeline, and how far from the teacher's end points."""
 
+import inspect
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -22,11 +23,15 @@ from torch import Tensor
 
 from ld3_diffusers import LD3Scheduler
 
-from .denoisers import denoisers, replaced
+from .conditioning import Conditioning
+from .processes import share
+from .rollout import PipelineRollout
 from .teacher_set import TeacherSet
 
 
 SPACINGS = ("linspace", "leading", "trailing")
+RESAMPLES = 9999
+CONFIDENCE = 0.95
 
 
 @dataclass
@@ -35,27 +40,32 @@ class Contender:
 
     Attributes:
         name: as printed.
-        scheduler: ready to be given to the pipeline.
+        scheduler: ready to be given to the pipeline; None for what was read from a file.
         num_inference_steps: what the pipeline is asked for.
         setting: e.g. the timestep spacing.
-        evaluations: network evaluations that were counted.
-        distances: (samples,) mean squared distance of each end state to the teacher's.
-        ends: end states.
+        evaluations: network evaluations of one sample, guidance's doubling apart.
+        distances: (samples,) float64, mean squared difference of each end state from the teacher's.
     """
 
     name: str
-    scheduler: SchedulerMixin
+    scheduler: SchedulerMixin | None
     num_inference_steps: int
     setting: str = ""
     evaluations: int = 0
     distances: Tensor = field(default_factory=lambda: torch.empty(0))
-    ends: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def mean(self) -> float:
         """Mean distance; infinite where a sample came out NaN."""
         mean = float(self.distances.mean())
         return mean if math.isfinite(mean) else math.inf
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.setting})" if self.setting else self.name
+
+
+# ---------------------------------------------------------------------- who takes part
 
 
 def stock_contenders(config, nfe: int) -> Iterator[Contender]:
@@ -64,12 +74,8 @@ def stock_contenders(config, nfe: int) -> Iterator[Contender]:
     Stock Heun makes 2n - 1 evaluations; where `nfe` is even it gets one more.
     """
     heun_steps = nfe // 2 + 1
-    if LD3Scheduler.from_config(config).path.kind == "flow":
-        yield Contender("FlowMatchEuler", FlowMatchEulerDiscreteScheduler.from_config(config), nfe)
-        yield Contender("FlowMatchHeun", FlowMatchHeunDiscreteScheduler.from_config(config), heun_steps)
-        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config.get("shift", 1.0)}
-        yield Contender("UniPC", UniPCMultistepScheduler.from_config(config, **flow), nfe)
-        yield Contender("DPM++ 2M", DPMSolverMultistepScheduler.from_config(config, **flow), nfe)
+    if LD3Scheduler.from_config(config, schedules=None).path.kind == "flow":
+        yield from _flow_contenders(config, nfe, heun_steps)
         return
     for spacing in SPACINGS:
         for name, kind, steps in (
@@ -85,48 +91,124 @@ def stock_contenders(config, nfe: int) -> Iterator[Contender]:
     yield Contender("DPM++ 2M Karras", karras, nfe)
 
 
-@torch.no_grad()
-def sample(
-    pipe, contender: Contender, pairs: TeacherSet, *, guidance_scale: float | None, batch_size: int = 32, **call
-) -> None:
-    """Run the pipeline with this scheduler from the set's noises; fills in ends, distances and evaluations."""
-    calls = 0
-    networks = denoisers(pipe)
+def _flow_contenders(config, nfe: int, heun_steps: int) -> Iterator[Contender]:
+    """Flow models have no timestep spacing but a shift, a constant or one that the pipeline computes from the resolution."""
+    # A FlowMatch scheduler calls it `shift`, another one `flow_shift`.
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    dynamic = bool(config.get("use_dynamic_shifting"))
+    setting = "shift by resolution" if dynamic else f"shift {shift:g}"
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    yield Contender("FlowMatchEuler", FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift), nfe, setting)
+    yield Contender("UniPC", UniPCMultistepScheduler.from_config(config, **flow), nfe, setting)
+    dpmpp = DPMSolverMultistepScheduler.from_config(config, **{**flow, "use_dynamic_shifting": False})
+    yield Contender("DPM++ 2M", _shifted_by_pipelines(dpmpp, "flow_shift", config), nfe, setting)
+    # With a dynamic shift its own must be 1: it shifts its largest and smallest sigma once more.
+    heun = FlowMatchHeunDiscreteScheduler.from_config(config, shift=1.0 if dynamic else shift)
+    yield Contender("FlowMatchHeun", _shifted_by_pipelines(heun, "shift", config), heun_steps, setting)
 
-    def counted(forward):
-        def run(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            return forward(*args, **kwargs)
 
-        return run
+def _shifted_by_pipelines(scheduler: SchedulerMixin, key: str, config) -> SchedulerMixin:
+    """Let pipelines pass their sigmas and shift to a stock scheduler that does not take them.
 
-    if guidance_scale is not None:
-        call["guidance_scale"] = guidance_scale
-    distances, ends, batches = [], [], 0
-    with ExitStack() as stack:
-        stack.enter_context(replaced(pipe, "_progress_bar_config", {"disable": True}))
-        for network in networks.values():
-            stack.enter_context(replaced(network, "forward", counted(network.forward)))
-        previous, pipe.scheduler = pipe.scheduler, contender.scheduler
+    Pipelines of the Flux family pass both. Stock Heun knows neither; DPM++ knows no sigmas and fails on a shift that its config
+    does not ask for. Both would drop out of the comparison; so they get the shift as the constant option `key`, which is the
+    same formula, and go on from their own unshifted sigmas.
+    """
+    own, dynamic = scheduler.set_timesteps, bool(config.get("use_dynamic_shifting"))
+    exponential = config.get("time_shift_type", "exponential") == "exponential"
+
+    def set_timesteps(num_inference_steps=None, device=None, sigmas=None, mu=None) -> None:
+        if dynamic:
+            if mu is None:
+                raise ValueError("the pipeline passes no mu, by which its scheduler's config wants to be shifted")
+            scheduler.register_to_config(**{key: math.exp(mu) if exponential else mu})
+        own(len(sigmas) if num_inference_steps is None else num_inference_steps, device=device)
+
+    set_timesteps.__signature__ = inspect.signature(set_timesteps)
+    scheduler.set_timesteps = set_timesteps
+    return scheduler
+
+
+# ---------------------------------------------------------------------- what they do
+
+
+class Comparison(PipelineRollout):
+    """A pipeline that any scheduler may drive, from given noises and embeddings, as [`PipelineRollout`] drives learned schedules.
+
+    Args:
+        call: settings of the pipeline's call, such as `TeacherSet.call_settings`.
+    """
+
+    def __init__(self, pipe, **call):
+        super().__init__(pipe, checkpointing=False, **call)
+
+    @torch.no_grad()
+    def follow(self, contender: Contender, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """End states, (batch, ...) float32 on the host; `contender.evaluations` are counted.
+
+        A stock scheduler's step takes one evaluation, Heun's too; calls of the network would count guidance twice where a
+        pipeline calls it twice.
+        """
+        arguments = self._arguments(conditioning, len(noise))
+        if self.moves_noise:
+            arguments["latents"] = noise.to(self.device, self._starting_state(conditioning)[1])
+        else:
+            arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in noise]
+        last, steps = noise, 0
+
+        def on_step(_state: Tensor, result: Tensor) -> None:
+            nonlocal last, steps
+            last, steps = result, steps + 1
+
+        own = self.scheduler
+        self.pipe.scheduler = self.scheduler = contender.scheduler
         try:
-            for start in range(0, len(pairs), batch_size):
-                noise, target, conditioning = pairs.batch(range(start, min(start + batch_size, len(pairs))))
-                end = pipe(
-                    latents=noise,
-                    num_inference_steps=contender.num_inference_steps,
-                    output_type="latent",
-                    return_dict=False,
-                    **conditioning,
-                    **call,
-                )[0]
-                ends.append(end.float().cpu())
-                distances.append((ends[-1] - target).square().flatten(1).mean(1))
-                batches += 1
+            if not own.config.use_dynamic_shifting:
+                # Some pipelines scale their starting noise before they set the timesteps.
+                contender.scheduler.set_timesteps(contender.num_inference_steps, device=self.device)
+            self._run(contender.num_inference_steps, arguments, on_step)
         finally:
-            pipe.scheduler = previous
-    contender.evaluations = calls // batches
-    contender.distances, contender.ends = torch.cat(distances), torch.cat(ends)
+            self.pipe.scheduler = self.scheduler = own
+        contender.evaluations = steps
+        # DiT carries guidance's doubled batch through its scheduler; the halves are equal.
+        return last[: len(noise)].float().cpu()
+
+    def ends(self, contender: Contender, pairs: TeacherSet, indices: Sequence[int]) -> Tensor:
+        """End states from the noises of some pairs."""
+        noise, _, conditioning = pairs.batch(indices)
+        return self.follow(contender, noise, conditioning)
+
+    def measure(
+        self,
+        contender: Contender,
+        pairs: TeacherSet,
+        *,
+        batch_size: int = 32,
+        accelerator=None,
+        on_batch: Callable[[], None] | None = None,
+    ) -> None:
+        """Fill in the distances to the pairs' end states, and the evaluations.
+
+        Batches are shared among processes. They are cut by the samples alone, so that the result does not depend on how many
+        processes there are.
+        """
+
+        def measured(indices: range) -> tuple[Tensor, int]:
+            noise, target, conditioning = pairs.batch(indices)
+            end = self.follow(contender, noise, conditioning)
+            if on_batch is not None:
+                on_batch()
+            return (end - target).square().flatten(1).mean(1), contender.evaluations
+
+        starts = range(0, len(pairs), batch_size)
+        results = share([range(k, min(k + batch_size, len(pairs))) for k in starts], measured, accelerator)
+        distances = torch.cat([distances for distances, _ in results])
+        # Nine digits name a float32 exactly, and are what is written down: all later numbers follow from these.
+        contender.distances = torch.tensor([float(f"{d:.9g}") for d in distances.tolist()], dtype=torch.float64)
+        contender.evaluations = results[0][1]
+
+
+# ---------------------------------------------------------------------- who is ahead
 
 
 def best_by_name(contenders: list[Contender]) -> list[Contender]:
@@ -138,21 +220,45 @@ def best_by_name(contenders: list[Contender]) -> list[Contender]:
     return sorted(best.values(), key=lambda contender: contender.mean)
 
 
-def paired_interval(other: Tensor, own: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of other - own over the samples and its Student-t confidence interval.
+def paired_interval(other: Tensor, own: Tensor, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """Mean of other - own over the samples, and its bias-corrected and accelerated bootstrap interval (Efron 1987).
+
+    The resamples are drawn from a fixed seed: the same distances have the same interval everywhere.
 
     Raises:
-        ValueError: if the two were not measured on the same number of samples, at least two.
+        ValueError: if the two were not measured on the same number of samples, at least two, or are not finite.
     """
-    from scipy.stats import ttest_rel
+    from scipy.stats import bootstrap
 
     if other.shape != own.shape or len(own) < 2:
         raise ValueError("a paired interval needs the same two or more samples for both; compare on one set")
-    difference = (other - own).double()
-    if not bool((difference != 0).any()):
-        return 0.0, 0.0, 0.0
-    interval = ttest_rel(other.double().numpy(), own.double().numpy()).confidence_interval(confidence)
-    low, high = float(interval.low), float(interval.high)
-    if not math.isfinite(low + high):
+    difference = (other.double() - own.double()).numpy()
+    if not numpy.isfinite(difference).all():
         raise ValueError("some distances are not finite; look at the schedulers' samples before comparing them")
-    return float(difference.mean()), low, high
+    mean = float(difference.mean())
+    if difference.max() - difference.min() <= 1e-12 * abs(mean):
+        return mean, mean, mean
+    interval = bootstrap(
+        (difference,),
+        numpy.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        method="BCa",
+        batch=100,  # bounds the memory
+        rng=numpy.random.default_rng(0),
+    ).confidence_interval
+    low, high = float(interval.low), float(interval.high)
+    if not low <= high:
+        raise ValueError(f"{len(own)} samples are too few for an interval; compare on more")
+    return mean, low, high
+
+
+def unbeaten(learned: Contender, others: list[Contender]) -> list[tuple[Contender, tuple[float, float, float]]]:
+    """The others that are not surely farther from the teacher, with the interval of their distance minus that of `learned`.
+
+    One with samples that are not finite is farther.
+    """
+    intervals = [
+        (other, paired_interval(other.distances, learned.distances)) for other in others if other.mean < math.inf
+    ]
+    return [(other, interval) for other, interval in intervals if not interval[1] > 0]

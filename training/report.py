@@ -2,6 +2,7 @@
 """What one looks at after a comparison: a table, sample pictures, a plot of the schedules. Every file is written whole."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from .comparison import Contender, paired_interval
 
 
 def table(learned: Contender, others: list[Contender]) -> str:
-    """Markdown: distance to the teacher of each, and by how much it exceeds that of `learned`, with a paired 95 % interval."""
+    """Markdown: distance to the teacher of each, and by how much it exceeds that of `learned`, with its 95 % interval.
+
+    The interval is [`paired_interval`]'s.
+    """
     lines = [
         f"Mean squared distance to the teacher's end point, {len(learned.distances)} unseen samples (x 1e-3)",
         "",
@@ -22,17 +26,16 @@ def table(learned: Contender, others: list[Contender]) -> str:
         f"| **{learned.name}** | {learned.setting} | {learned.evaluations} | **{1e3 * learned.mean:.3f}** | | 1.00 |",
     ]
     for other in others:
+        start = f"| {other.name} | {other.setting} | {other.evaluations} |"
+        if other.mean == math.inf:
+            lines.append(f"{start} not finite | | |")
+            continue
         mean, low, high = paired_interval(other.distances, learned.distances)
         lines.append(
-            f"| {other.name} | {other.setting} | {other.evaluations} | {1e3 * other.mean:.3f} "
+            f"{start} {1e3 * other.mean:.3f} "
             f"| {1e3 * mean:+.3f} [{1e3 * low:+.3f}, {1e3 * high:+.3f}] | {other.mean / learned.mean:.2f} |"
         )
     return "\n".join(lines)
-
-
-def wins_everywhere(learned: Contender, others: list[Contender]) -> bool:
-    """Whether every other one is farther from the teacher, beyond the paired 95 % interval."""
-    return all(paired_interval(other.distances, learned.distances)[1] > 0 for other in others)
 
 
 def write_whole(path: Path, write) -> None:
@@ -48,16 +51,18 @@ def write_whole(path: Path, write) -> None:
 
 def save_results(path: Path, learned: Contender, others: list[Contender], facts: dict) -> None:
     """The numbers behind the table as JSON."""
-    rows = [
-        {
-            "scheduler": c.name,
-            "setting": c.setting,
-            "evaluations": c.evaluations,
-            "distance": c.mean,
-            "difference": paired_interval(c.distances, learned.distances) if c is not learned else None,
-        }
-        for c in [learned, *others]
-    ]
+    rows = []
+    for c in [learned, *others]:
+        compared = c is not learned and c.mean < math.inf
+        rows.append(
+            {
+                "scheduler": c.name,
+                "setting": c.setting,
+                "evaluations": c.evaluations,
+                "distance": c.mean if c.mean < math.inf else None,
+                "difference": paired_interval(c.distances, learned.distances) if compared else None,
+            }
+        )
     content = json.dumps({**facts, "samples": len(learned.distances), "rows": rows}, indent=2) + "\n"
     write_whole(path, lambda file: file.write_text(content))
 
@@ -82,14 +87,24 @@ def save_grid(path: Path, rows: dict[str, Tensor], columns: list[str]) -> None:
 
 
 def save_schedules(path: Path, contenders: list[Contender]) -> None:
-    """Noise level and network time at every evaluation; of two-stage stock schedulers only the steps."""
+    """Noise level and network time at every evaluation, as each scheduler was last run: with the pipeline's resolution shift.
+
+    Of two-stage stock schedulers only the steps are shown.
+
+    Raises:
+        ValueError: for a scheduler that was not run.
+    """
     from matplotlib.figure import Figure
+
+    for contender in contenders:
+        if getattr(contender.scheduler, "num_inference_steps", None) is None:
+            raise ValueError(f"{contender.name} was not run, so its times are not known; run it on a sample first")
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     levels, offsets = figure.subplots(1, 2)
+    flow = False
     for k, contender in enumerate(contenders):
         scheduler = contender.scheduler
-        scheduler.set_timesteps(contender.num_inference_steps)
         learned = isinstance(scheduler, LD3Scheduler)
         sigmas = _sigmas(scheduler)
         style = {"color": f"C{k}", "lw": 2.4 if learned else 1.0, "marker": "o", "ms": 4, "label": contender.name}
@@ -97,12 +112,16 @@ def save_schedules(path: Path, contenders: list[Contender]) -> None:
         levels.plot(range(len(positive)), positive, **style)
         if learned:
             noise_path, stands = scheduler.path, sigmas[: len(scheduler.timesteps)]
-            times = stands if noise_path.kind == "flow" else noise_path.inverse_sigma_edm(stands)
+            flow = noise_path.kind == "flow"
+            times = stands if flow else noise_path.inverse_sigma_edm(stands)
             own = noise_path.timestep(times)
             offsets.plot(range(len(own)), scheduler.timesteps.detach().double() - own, **style)
-    levels.set(yscale="log", xlabel="evaluation", ylabel="noise level sigma / alpha", title="where the solver stands")
+    level = "s" if flow else "sigma / alpha"
+    levels.set(yscale="log", xlabel="evaluation", ylabel=f"noise level {level}", title="where the solver stands")
     offsets.set(xlabel="evaluation", ylabel="timestep told - timestep of the level", title="what the network is told")
     offsets.axhline(0, color="0.6", lw=0.8)
+    for axes in (levels, offsets):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     levels.legend(fontsize=7)
     write_whole(path, lambda file: figure.savefig(file, dpi=120))
 

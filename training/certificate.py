@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Certificates: what was measured of published schedules, on which noises and prompts, so that anybody can measure it again.
+
+`certificate.json` lies beside the `scheduler_config.json` that it speaks of, and names each of its schedules by a hash:
+
+| key | content |
+|---|---|
+| `teacher`, `base_model`, `pipeline`, `dtype` | whose samples are imitated: name, Hub id, revision, digest of the weights |
+| `call_settings` | arguments of the pipeline's call, for the teacher and all schedulers alike |
+| `solver` | of the learned schedules, with its options |
+| `teacher_schedule` | the long schedule whose end points are the target |
+| `metric` | in words |
+| `runs` | seeds, prompts, machine, date and versions of each run of certification |
+| `counts` | for each number of evaluations: hash of the schedule, its run, distances of every sample, intervals, who won |
+
+What was read from elsewhere is only trusted after [`validate`] (its form) and [`check`] (that it agrees with the schedules and with
+itself); that its distances are true, only measuring again can tell.
+"""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ld3_diffusers import Schedule
+
+from .call_settings import CALL_SETTINGS, call_settings
+from .comparison import Contender, best_by_name, paired_interval, unbeaten
+from .teacher_set import LARGEST_SEED, prompt_hash
+
+
+FORMAT_VERSION = 1
+LARGEST_FILE = 64 * 2**20
+METRIC = (
+    "mean over all elements of the squared difference between the end state (latents, before decoding) and the teacher's from the "
+    "same starting noise and prompt; noise i is torch.randn of a CPU generator seeded with the i-th seed, prompt i is prompt i "
+    "modulo their number; intervals are 95 % BCa bootstrap intervals (9999 resamples) of the mean of stock - learned; a count is "
+    "won if the interval of every stock scheduler, each with the best of its settings on these very samples, lies above 0"
+)
+# What the schedules of one folder have in common: the facts of learning that decide what they imitate.
+TEACHER_SCHEDULE = ("teacher_solver", "teacher_solver_order", "teacher_discretization", "teacher_steps")
+SOLVER = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final", "afs", "starting_scale")
+SHARED = ("teacher_digest", "pipeline", "dtype", *CALL_SETTINGS, *TEACHER_SCHEDULE)
+
+
+# ---------------------------------------------------------------------- what a schedule says of itself
+
+
+def entry_hash(entry: dict[str, Any]) -> str:
+    """sha256 of a schedule's config entry, independent of how its JSON is laid out."""
+    canonical = json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def solver_facts(entry: dict[str, Any]) -> dict[str, Any]:
+    """The solver of a schedule with its options, defaults filled in."""
+    spec = Schedule.from_dict(entry).spec
+    solver = spec.make()
+    return {
+        "solver": spec.solver,
+        "solver_order": getattr(solver, "order", None),
+        "solver_type": getattr(solver, "variant", None),
+        **{name: getattr(spec, name) for name in ("predict_x0", "lower_order_final", "afs", "starting_scale")},
+    }
+
+
+def shared_facts(entries: dict[str, dict]) -> dict[str, Any]:
+    """What decides the target of all these schedules, and their solver; from their provenance.
+
+    Raises:
+        ValueError: if they differ, or one does not say what it was learned on.
+    """
+    first: dict[str, Any] = {}
+    for nfe, entry in entries.items():
+        made = entry.get("provenance") or {}
+        _check_learned_on(nfe, made)
+        facts = {**{name: made.get(name) for name in SHARED}, **solver_facts(entry)}
+        for name in ("teacher_digest", "pipeline", "dtype", "teacher_solver", "teacher_steps"):
+            if facts[name] is None:
+                raise ValueError(f"the schedule for {nfe} evaluations does not name its {name}; learn it again")
+        first = first or facts
+        different = [name for name in facts if facts[name] != first[name]]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"the schedules for {next(iter(entries))} and {nfe} evaluations differ in {name}: {first[name]!r} and "
+                f"{facts[name]!r}; publish them from folders of their own, or choose those that are alike with --nfe"
+            )
+    return first
+
+
+def _check_learned_on(nfe, made: dict[str, Any]) -> None:
+    used = made.get("learned_on")
+    try:
+        for part in ("train", "valid"):
+            first, last = used[part]["seeds"]
+            if not (type(first) is type(last) is int and 0 <= first <= last):
+                raise ValueError
+            if not all(isinstance(prompt, str) for prompt in used[part]["prompts"]):
+                raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(
+            f"the schedule for {nfe} evaluations does not say which seeds and prompts it was learned on, so unseen ones cannot be "
+            "told; learn it again with this version of train_ld3"
+        ) from None
+
+
+def seeds_learned_on(entries: dict[str, dict]) -> list[tuple[int, int]]:
+    """First and last seed of every set of pairs that these schedules were learned or selected on."""
+    learned_on = [entry["provenance"]["learned_on"] for entry in entries.values()]
+    return sorted({tuple(used[part]["seeds"]) for used in learned_on for part in ("train", "valid")})
+
+
+def prompts_learned_on(entries: dict[str, dict]) -> set[str]:
+    """Hashes of the prompts that these schedules were learned or selected on."""
+    learned_on = [entry["provenance"]["learned_on"] for entry in entries.values()]
+    return {prompt for used in learned_on for part in ("train", "valid") for prompt in used[part]["prompts"]}
+
+
+# ---------------------------------------------------------------------- building
+
+
+def settings(teacher: dict, base_model: str | None, facts: dict) -> dict[str, Any]:
+    """The part of a certificate that is known before anything is measured.
+
+    Args:
+        teacher: name, hub_id, revision and digest.
+        facts: from [`shared_facts`].
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "teacher": teacher,
+        "base_model": base_model,
+        "pipeline": facts["pipeline"],
+        "dtype": facts["dtype"],
+        "call_settings": call_settings(facts),
+        "solver": {name: facts[name] for name in SOLVER},
+        "teacher_schedule": {name.removeprefix("teacher_"): facts[name] for name in TEACHER_SCHEDULE},
+        "metric": METRIC,
+    }
+
+
+def build(settings: dict, run: dict, counts: dict[str, dict]) -> dict[str, Any]:
+    """A certificate of one run.
+
+    Args:
+        run: seeds, prompts, disjoint, left_out, batch_size, arguments, versions, device, date.
+        counts: from [`count_record`], by number of evaluations.
+    """
+    label = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:12]
+    numbered = {nfe: {**counts[nfe], "run": label} for nfe in sorted(counts, key=int)}
+    return {**settings, "runs": {label: run}, "counts": numbered}
+
+
+def count_record(entry: dict[str, Any], learned: Contender, stock: list[Contender]) -> dict[str, Any]:
+    """What was measured of one schedule, without its run."""
+    return {
+        "entry_sha256": entry_hash(entry),
+        "won": not unbeaten(learned, best_by_name(stock)),
+        "learned": _record(learned),
+        "stock": [{**_record(other), "difference": _difference(other, learned)} for other in stock],
+    }
+
+
+def _record(contender: Contender) -> dict[str, Any]:
+    finite = contender.mean < math.inf
+    return {
+        "name": contender.name,
+        "class": type(contender.scheduler).__name__,
+        "setting": contender.setting,
+        "num_inference_steps": contender.num_inference_steps,
+        "evaluations": contender.evaluations,
+        "mean": contender.mean if finite else None,
+        "distances": contender.distances.tolist() if finite else None,
+    }
+
+
+def _difference(other: Contender, learned: Contender) -> list[float] | None:
+    return list(paired_interval(other.distances, learned.distances)) if other.mean < math.inf else None
+
+
+def contenders(record: dict[str, Any]) -> tuple[Contender, list[Contender]]:
+    """The learned schedule and the stock schedulers of one count, without their schedulers."""
+    length = len(record["learned"]["distances"])
+
+    def contender(row) -> Contender:
+        # None: some sample was not finite
+        values = [math.inf] * length if row["distances"] is None else row["distances"]
+        distances = torch.tensor(values, dtype=torch.float64)
+        steps, setting = row["num_inference_steps"], row["setting"]
+        return Contender(row["name"], None, steps, setting, row["evaluations"], distances)
+
+    return contender(record["learned"]), [contender(row) for row in record["stock"]]
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The counts of both, of one variant; those of `new` replace those of `old`.
+
+    Raises:
+        ValueError: if they are not about the same teacher and settings.
+    """
+    for name in ("pipeline", "dtype", "call_settings", "solver", "teacher_schedule"):
+        if old[name] != new[name]:
+            raise ValueError(
+                f"what is published there already has another {name}: {old[name]}, here {new[name]}; choose another repository"
+            )
+    if old["teacher"]["digest"] != new["teacher"]["digest"]:
+        raise ValueError("what is published there already has another teacher; choose another repository")
+    counts = {**old["counts"], **new["counts"]}
+    runs = {**old["runs"], **new["runs"]}
+    used = {record["run"] for record in counts.values()}
+    return {
+        **new,
+        "teacher": new["teacher"] if new["teacher"]["hub_id"] else old["teacher"],
+        "base_model": new["base_model"] or old["base_model"],
+        "runs": {label: run for label, run in runs.items() if label in used},
+        "counts": {nfe: counts[nfe] for nfe in sorted(counts, key=int)},
+    }
+
+
+def to_json(certificate: dict[str, Any]) -> str:
+    """With each list of numbers on a line of its own."""
+    text = json.dumps(certificate, allow_nan=False, ensure_ascii=False, indent=1)
+    return re.sub(r"\[\n\s*([-+.\de,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
+
+
+# ---------------------------------------------------------------------- reading
+
+TEXT, COUNT, FLAG, LIST, MAP, NONE = (str,), (int,), (bool,), (list,), (dict,), (type(None),)
+NUMBER = (int, float)
+FORM = {
+    "certificate": {
+        **{"format_version": COUNT, "teacher": MAP, "base_model": TEXT + NONE, "pipeline": TEXT, "dtype": TEXT},
+        **{"call_settings": MAP, "solver": MAP, "teacher_schedule": MAP, "metric": TEXT, "runs": MAP, "counts": MAP},
+    },
+    "teacher": {"name": TEXT, "hub_id": TEXT + NONE, "revision": TEXT + NONE, "digest": TEXT},
+    "solver": {
+        **{"solver": TEXT, "solver_order": COUNT + NONE, "solver_type": TEXT + NONE, "predict_x0": FLAG},
+        **{"lower_order_final": FLAG, "afs": FLAG, "starting_scale": TEXT + NONE},
+    },
+    "teacher_schedule": {
+        **{"solver": TEXT, "solver_order": COUNT + NONE, "discretization": TEXT + NONE, "steps": COUNT},
+    },
+    "run": {
+        **{"seeds": LIST, "prompts": LIST, "disjoint": LIST, "left_out": COUNT, "batch_size": COUNT},
+        **{"arguments": MAP, "versions": MAP, "device": TEXT, "date": TEXT},
+    },
+    "count": {"entry_sha256": TEXT, "won": FLAG, "learned": MAP, "stock": LIST, "run": TEXT},
+    "scheduler": {
+        **{"name": TEXT, "class": TEXT, "setting": TEXT, "num_inference_steps": COUNT, "evaluations": COUNT},
+        **{"mean": NUMBER + NONE, "distances": LIST + NONE},
+    },
+}
+CALL_TYPES = {"negative_prompt": TEXT, "guidance_scale": NUMBER, "true_cfg_scale": NUMBER}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A certificate of the right form.
+
+    Raises:
+        ValueError: if the file cannot be read, or is no certificate of this version, saying where.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"the certificate has more than {LARGEST_FILE >> 20} MiB; make one with fewer samples")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"cannot read the certificate {path.name!r}: {error}; download it again") from error
+    validate(content)
+    return content
+
+
+def validate(content: Any) -> None:
+    """Raises a `ValueError` that names the place, if this has not the form of a certificate."""
+    if isinstance(content, dict) and content.get("format_version") not in (None, FORMAT_VERSION):
+        raise ValueError(
+            f"this certificate has format version {content['format_version']!r}, this program reads {FORMAT_VERSION}; update it"
+        )
+    _shaped("certificate", content, "the certificate")
+    for name in ("teacher", "solver", "teacher_schedule"):
+        _shaped(name, content[name], name)
+    for name, value in content["call_settings"].items():
+        _require(name in CALL_SETTINGS and _is(value, CALL_TYPES.get(name, COUNT)), f"call_settings.{name}")
+    for label, run in content["runs"].items():
+        _shaped("run", run, f"runs.{label}")
+        where = f"runs.{label}"
+        seeds = run["seeds"]
+        _require(len(seeds) == 2 and all(_is(seed, COUNT) for seed in seeds), f"{where}.seeds")
+        _require(0 <= seeds[0] <= seeds[1] <= LARGEST_SEED, f"{where}.seeds")
+        _require(all(_is(prompt, TEXT) for prompt in run["prompts"]), f"{where}.prompts")
+        _require(run["disjoint"] in (["seeds"], ["seeds", "prompts"]), f"{where}.disjoint")
+        _require(run["left_out"] >= 0 and run["batch_size"] > 0, f"{where}.left_out or batch_size")
+    for nfe, record in content["counts"].items():
+        where = f"counts.{nfe}"
+        _require(nfe.isdecimal() and int(nfe) > 0, where)
+        _shaped("count", record, where)
+        _require(record["run"] in content["runs"], f"{where}.run")
+        first, last = content["runs"][record["run"]]["seeds"]
+        _scheduler(record["learned"], last - first + 1, f"{where}.learned")
+        _require(record["learned"]["distances"] is not None, f"{where}.learned.distances")
+        for k, row in enumerate(record["stock"]):
+            _require(isinstance(row, dict), f"{where}.stock[{k}]")
+            interval = row.get("difference")
+            _scheduler({key: row[key] for key in row if key != "difference"}, last - first + 1, f"{where}.stock[{k}]")
+            fits = interval is None if row["distances"] is None else _is(interval, LIST) and len(interval) == 3
+            _require(fits and all(_is(x, NUMBER) for x in interval or []), f"{where}.stock[{k}].difference")
+
+
+def _is(value, kinds: tuple) -> bool:
+    # In Python true is an int and NaN a float; in a certificate they are neither.
+    if isinstance(value, bool):
+        return kinds is FLAG
+    return isinstance(value, kinds) and (not isinstance(value, NUMBER) or abs(value) < 1e300)
+
+
+def _require(condition: bool, where: str) -> None:
+    if not condition:
+        raise ValueError(f"the certificate is malformed at {where}; download it again, or certify again")
+
+
+def _shaped(form: str, value, where: str) -> None:
+    _require(isinstance(value, dict) and set(value) == set(FORM[form]), where)
+    for name, kinds in FORM[form].items():
+        _require(_is(value[name], kinds), f"{where}.{name}")
+
+
+def _scheduler(row, samples: int, where: str) -> None:
+    _shaped("scheduler", row, where)
+    _require((row["mean"] is None) == (row["distances"] is None), f"{where}.mean")
+    distances = row["distances"]
+    if distances is not None:
+        right = len(distances) == samples and all(_is(d, NUMBER) and d >= 0 for d in distances)
+        _require(right, f"{where}.distances")
+
+
+# ---------------------------------------------------------------------- believing
+
+
+def check(certificate: dict[str, Any], schedules: dict[str, dict]) -> None:
+    """That a valid certificate belongs to these schedules, that its samples were unseen, and that its numbers follow from its distances.
+
+    Args:
+        schedules: `schedules` of the scheduler config beside it.
+
+    Raises:
+        ValueError: naming what is not so.
+    """
+    if set(certificate["counts"]) != set(schedules):
+        raise ValueError(
+            f"the certificate is about the counts {', '.join(certificate['counts'])}, the config beside it has "
+            f"{', '.join(schedules)}; publish them together"
+        )
+    facts = shared_facts(schedules)
+    claimed = {
+        **dict.fromkeys(CALL_SETTINGS),
+        **certificate["call_settings"],
+        **certificate["solver"],
+        **{f"teacher_{name}": value for name, value in certificate["teacher_schedule"].items()},
+        **{"teacher_digest": certificate["teacher"]["digest"], "pipeline": certificate["pipeline"]},
+        "dtype": certificate["dtype"],
+    }
+    for name, value in facts.items():
+        if claimed[name] != value:
+            raise ValueError(
+                f"the certificate names {name}={claimed[name]!r}, the schedules were learned for {value!r}"
+            )
+    for nfe, record in certificate["counts"].items():
+        if record["entry_sha256"] != entry_hash(schedules[nfe]):
+            raise ValueError(f"the schedule for {nfe} evaluations is not the one that was certified: its hash differs")
+        _check_unseen(nfe, certificate["runs"][record["run"]], {nfe: schedules[nfe]})
+        _check_numbers(nfe, record)
+
+
+def _check_unseen(nfe: str, run: dict, entries: dict[str, dict]) -> None:
+    first, last = run["seeds"]
+    for used_first, used_last in seeds_learned_on(entries):
+        if first <= used_last and used_first <= last:
+            raise ValueError(
+                f"the schedule for {nfe} evaluations was learned on seeds {used_first} to {used_last} and judged on {first} to {last}"
+            )
+    if "prompts" in run["disjoint"]:
+        seen = [prompt for prompt in run["prompts"] if prompt_hash(prompt) in prompts_learned_on(entries)]
+        if seen:
+            raise ValueError(
+                f"the schedule for {nfe} evaluations was learned on the prompt {seen[0]!r} and judged on it"
+            )
+
+
+def _check_numbers(nfe: str, record: dict) -> None:
+    learned, stock = contenders(record)
+    for row, contender in zip([record["learned"], *record["stock"]], [learned, *stock]):
+        if row["mean"] is not None and not math.isclose(row["mean"], contender.mean, rel_tol=1e-9):
+            raise ValueError(f"at {nfe} evaluations the mean of {contender.label} does not follow from its distances")
+        stated = row.get("difference")
+        if stated is not None:
+            mean, low, high = paired_interval(contender.distances, learned.distances)
+            # Another version of SciPy may draw other resamples.
+            slack = 0.05 * (high - low) + 1e-9 * abs(mean)
+            if not all(abs(a - b) <= slack for a, b in zip(stated, (mean, low, high))):
+                raise ValueError(
+                    f"at {nfe} evaluations the interval of {contender.label} does not follow from its distances"
+                )
+    if record["won"] != (not unbeaten(learned, best_by_name(stock))) or not stock:
+        raise ValueError(
+            f"at {nfe} evaluations the certificate claims a result that does not follow from its distances"
+        )

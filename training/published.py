@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A repository of certified schedules, in a folder or on the Hub: reading, extending, writing and uploading it.
+
+One repository is for one teacher. Its root is a variant, and so is each subfolder: the schedules of one solver at one guidance
+scale and resolution, with their certificate and pictures. Whoever publishes first decides what stands in the root.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from ld3_diffusers import LD3Scheduler
+from ld3_diffusers.hub import CERTIFICATE_NAME
+
+from . import certificate as certificates
+from .call_settings import CALL_SETTINGS
+from .schedule_folder import CONFIG
+
+
+CARD = "README.md"
+PICTURES = ("samples.png", "schedules.png")
+SHORT = {"true_cfg_scale": "t", "max_sequence_length": "l"}  # in the names of variants
+UNREACHABLE = (HTTPError, OSError)  # what the client raises without a network, or for a server's error
+
+
+@dataclass
+class Variant:
+    """Content of one folder: config, certificate, and pictures by file name."""
+
+    config: dict[str, Any]
+    certificate: dict[str, Any]
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+    def files(self) -> dict[str, bytes]:
+        config = LD3Scheduler.from_config(self.config).to_json_string()
+        certificates.check(self.certificate, json.loads(config)["schedules"])
+        texts = {CONFIG: config, CERTIFICATE_NAME: certificates.to_json(self.certificate)}
+        return {**{name: text.encode() for name, text in texts.items()}, **self.pictures}
+
+
+Repository = dict[str, Variant]  # by subfolder; "" is the root
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read(folder: str | Path) -> Repository:
+    """The certified schedules of a folder; {} if it holds none.
+
+    Raises:
+        ValueError: for schedules without a certificate, or whatever cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return {}
+    places = ["", *sorted(path.name for path in folder.iterdir() if (path / CERTIFICATE_NAME).is_file())]
+    found = {}
+    for name in places:
+        place = folder / name
+        has_config, has_certificate = (place / CONFIG).is_file(), (place / CERTIFICATE_NAME).is_file()
+        if not name and not has_config and not has_certificate:
+            continue
+        if not (has_config and has_certificate):
+            raise ValueError(
+                f"{name or 'the root'} has no {CERTIFICATE_NAME if has_config else CONFIG}, so its schedules cannot be extended; "
+                "choose another repository"
+            )
+        scheduler = LD3Scheduler.from_pretrained(place)
+        pictures = {p: (place / p).read_bytes() for p in PICTURES if (place / p).is_file()}
+        found[name] = Variant(dict(scheduler.config), certificates.read(place / CERTIFICATE_NAME), pictures)
+    if found and "" not in found:
+        raise ValueError("there are certified schedules in subfolders but none in the root; choose another repository")
+    return found
+
+
+def read_hub(api: HfApi, repo_id: str) -> tuple[Repository, str | None]:
+    """The same of a repository on the Hub, and the commit that was read; ({}, None) if there is no such repository.
+
+    Raises:
+        ValueError: as [`read`], or if the Hub cannot be reached.
+    """
+    try:
+        commit = api.model_info(repo_id).sha
+        wanted = [name for file in (CONFIG, CERTIFICATE_NAME, *PICTURES) for name in (file, f"*/{file}")]
+        with tempfile.TemporaryDirectory() as folder:
+            api.snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=wanted)
+            return read(folder), commit
+    except RepositoryNotFoundError:
+        return {}, None
+    except UNREACHABLE as error:
+        raise ValueError(f"cannot read the repository {repo_id!r}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------------- extending
+
+
+def place(published: Repository, certificate: dict[str, Any]) -> str:
+    """The subfolder of a variant with this certificate (of its counts only the settings matter).
+
+    Raises:
+        ValueError: if the repository is another teacher's.
+    """
+    if not published:
+        return ""
+    root = published[""].certificate
+    if root["teacher"]["digest"] != certificate["teacher"]["digest"]:
+        raise ValueError(
+            f"the repository is for another teacher ({root['teacher']['name']}, {root['dtype']}) than {certificate['teacher']['name']}, "
+            f"{certificate['dtype']}; choose another repository"
+        )
+    return variant_name(certificate, root)
+
+
+def variant_name(certificate: dict[str, Any], root: dict[str, Any]) -> str:
+    """`<solver>`, and behind it what else differs from the root: `unipc-o3`, `dpmpp-g5-768`; "" if nothing does."""
+    solver, call = certificate["solver"], certificate["call_settings"]
+    # The options of another solver are compared with that solver's defaults.
+    other = solver["solver"] != root["solver"]["solver"]
+    usual = certificates.solver_facts({"solver": solver["solver"], "times": [1, 0]}) if other else root["solver"]
+    different = {name for name in solver if solver[name] != usual[name]}
+    different |= {name for name in CALL_SETTINGS if call.get(name) != root["call_settings"].get(name)}
+    parts = []
+    if "solver_order" in different:
+        parts.append(f"o{solver['solver_order']}")
+    if "solver_type" in different:
+        parts.append(str(solver["solver_type"]))
+    options = ("predict_x0", "lower_order_final", "afs", "starting_scale")
+    parts += [f"{name}-{solver[name]}".lower() for name in options if name in different]
+    if "guidance_scale" in different:
+        parts.append(f"g{_text(call.get('guidance_scale'))}")
+    parts += [f"{short}{_text(call.get(name))}" for name, short in SHORT.items() if name in different]
+    if different & {"height", "width"}:
+        height, width = (_text(call.get(name)) for name in ("height", "width"))
+        parts.append(height if height == width else f"{height}x{width}")
+    if "negative_prompt" in different:
+        parts.append("n" + hashlib.sha256(str(call.get("negative_prompt")).encode()).hexdigest()[:6])
+    return "-".join([solver["solver"], *parts]) if parts or other else ""
+
+
+def _text(value) -> str:
+    return "default" if value is None else f"{value:g}"
+
+
+def extended(published: Repository, name: str, new: Variant) -> Repository:
+    """With the counts of a variant added to what stands there under its name, or in the place of those.
+
+    Raises:
+        ValueError: if what stands there was made with other settings.
+    """
+    old = published.get(name)
+    if old is not None:
+        private = {"_diffusers_version", "_class_name", "_use_default_values", "schedules"}
+        for key in sorted({*old.config, *new.config} - private):
+            if old.config.get(key) != new.config.get(key):
+                raise ValueError(
+                    f"what is published there has another {key} in its config: {old.config.get(key)!r}, here "
+                    f"{new.config.get(key)!r}; choose another repository"
+                )
+        schedules = {**old.config["schedules"], **new.config["schedules"]}
+        config = {**new.config, "schedules": {nfe: schedules[nfe] for nfe in sorted(schedules, key=int)}}
+        # Pictures are of the smallest count.
+        keep = min(map(int, old.config["schedules"])) < min(map(int, new.config["schedules"]))
+        pictures = {**new.pictures, **old.pictures} if keep else {**old.pictures, **new.pictures}
+        new = Variant(config, certificates.merged(old.certificate, new.certificate), pictures)
+    return {**published, name: new}
+
+
+def restricted(variant: Variant, nfes: list[str]) -> Variant:
+    """With these counts alone."""
+    config = {**variant.config, "schedules": {nfe: variant.config["schedules"][nfe] for nfe in nfes}}
+    counts = {nfe: variant.certificate["counts"][nfe] for nfe in nfes}
+    runs = {record["run"]: variant.certificate["runs"][record["run"]] for record in counts.values()}
+    pictures = variant.pictures if min(map(int, nfes)) == min(map(int, variant.config["schedules"])) else {}
+    return Variant(config, {**variant.certificate, "counts": counts, "runs": runs}, pictures)
+
+
+def union(local: Repository, remote: Repository) -> Repository:
+    """What a folder and the Hub hold together, where the Hub has it; of what both have, the Hub's."""
+    if not remote:
+        return local
+    together = remote
+    for variant in local.values():
+        name = place(together, variant.certificate)
+        together = extended(together, name, variant)
+        if name in remote:
+            together = extended(together, name, remote[name])
+    return together
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def contents(repository: Repository, card: str) -> dict[str, bytes]:
+    """All files by their path."""
+    files = {CARD: card.encode()}
+    for name, variant in repository.items():
+        files |= {f"{name}/{file}" if name else file: content for file, content in variant.files().items()}
+    return files
+
+
+def write(files: dict[str, bytes], folder: str | Path) -> None:
+    """Write the files into a copy of the folder that then takes its place: all of them or none. Other files stay."""
+    folder = Path(folder)
+    new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)  # an earlier run ended between the two renamings below
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists():
+            shutil.copytree(folder, new)
+        for path, content in files.items():
+            (new / path).parent.mkdir(parents=True, exist_ok=True)
+            (new / path).write_bytes(content)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_access(api: HfApi, repo_id: str | None) -> str:
+    """The repository's full id, if there is a token that may write to it.
+
+    Raises:
+        ValueError: if not.
+    """
+    if repo_id is None:
+        raise ValueError("--push_to_hub needs the repository's name; give --hub_model_id owner/name")
+    try:
+        user = api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise ValueError("--push_to_hub needs a token; give --hub_token, or log in with `hf auth login`") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise ValueError("the Hub does not accept this token; make a new one, with write access") from error
+        raise ValueError(f"cannot reach the Hub: {_line(error)}") from error
+    except UNREACHABLE as error:
+        raise ValueError(f"cannot reach the Hub: {_line(error)}") from error
+    if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError("this token may only read; make one with write access")
+    repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"--hub_model_id {repo_id!r} is no repository name: {_line(error)}") from error
+    owner = repo_id.partition("/")[0]
+    writable = [org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"]
+    if owner not in (user["name"], *writable):
+        raise ValueError(
+            f"{user['name']} may not write to the repositories of {owner}; give --hub_model_id "
+            f"{user['name']}/{repo_id.partition('/')[2]}, or another token"
+        )
+    return repo_id
+
+
+def upload(
+    api: HfApi, repo_id: str, files: dict[str, bytes], parent: str | None, *, private: bool, message: str
+) -> str:
+    """Everything in one commit on top of `parent`, the commit that was read (None: there was no repository); returns its address.
+
+    Raises:
+        ValueError: if the repository has changed since, or the Hub refuses.
+    """
+    try:
+        if parent is None:
+            api.create_repo(repo_id, private=private or None, exist_ok=False)
+            parent = api.model_info(repo_id).sha
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        return api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent).commit_url
+    except UNREACHABLE as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (409, 412):
+            reason = "it was changed by somebody else meanwhile"
+        elif status in (401, 403):
+            reason = "this token may not write to it"
+        else:
+            reason = re.sub(r"\s+", " ", _line(error))
+        raise ValueError(
+            f"nothing was uploaded to {repo_id!r}: {reason}; run the same command again, what was certified is kept"
+        ) from error
