@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README tells a user to type is run here, the long commands with fewer pairs and steps."""
 
+import importlib
 import os
 import re
 import shlex
@@ -10,15 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from ld3_diffusers import LD3Scheduler
+from ld3_diffusers import LD3Scheduler, find_schedules
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-# options that are put behind the README's own: the last one given counts
+TEACHERS = ROOT / "examples" / "teachers"
+BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# recipe: the small teacher that takes the place of the real one; what else has to be put behind the recipe's own arguments
+STAND_INS = {"fashion-flux": (None, []), "sd15": ("fashion-sd", ["--variant="]), "flux-dev": ("fashion-flux", [])}
 SHORTER = {
-    "training.make_teacher_set": ["--num_samples", "6", "--num_inference_steps", "6"],
-    "training.train_ld3": ["--num_train", "4", "--num_valid", "2", "--max_train_steps", "2", "--allow_worse"],
+    "training.make_teacher_set": ["--num_samples", "48", "--num_inference_steps", "20", "--train_batch_size", "24"],
+    "training.train_ld3": ["--nfe", "6", "--num_train", "32", "--num_valid", "16", "--max_train_steps", "20"]
+    + ["--report_to", "none"],
+    "training.publish": ["--num_samples", "48", "--train_batch_size", "24"],
 }
 
 
@@ -26,27 +32,70 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.slow
-def test_the_commands_for_learning(tmp_path):
-    commands = [
-        shlex.split(line) for block in blocks("bash") for line in block.splitlines() if " -m training." in line
-    ]
-    assert [command[2] for command in commands] == list(SHORTER)
-    for _, flag, module, *arguments in commands:
-        arguments = [a.replace("outputs/", f"{tmp_path}/", 1) for a in arguments] + SHORTER[module]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, flag, module, *arguments], cwd=ROOT, env=environment, check=True, timeout=600)
-    assert LD3Scheduler.from_pretrained(tmp_path / "my-schedule").learned_counts == [5]
+def commands(recipe):
+    """Module and arguments of the three programs, as the README gives them for a recipe."""
+    lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if f"/{recipe}.yaml" in line]
+    return [(line[line.index("-m") + 1], line[line.index("-m") + 2 :]) for line in lines]
+
+
+def instead(recipe, module, folder):
+    """Arguments that put another teacher, and a temporary folder, in the place of a recipe's own."""
+    teacher, more = STAND_INS[recipe]
+    places = {
+        "training.make_teacher_set": ["--output_dir", folder / "pairs"],
+        "training.train_ld3": ["--teacher_set", folder / "pairs", "--output_dir", folder / "schedules"],
+        "training.publish": ["--schedules", folder / "schedules"],
+    }[module]
+    given = [*map(str, places), *SHORTER[module]]
+    if teacher is None:
+        return given
+    given += ["--teacher", str(TEACHERS / teacher), "--mixed_precision", "no", *more]
+    if module == "training.make_teacher_set":
+        given += ["--resolution", "32", "--guidance_scale", "3", "--dataset_name="]
+        given += ["--max_sequence_length", "12"] if teacher == "fashion-flux" else []
+        given += ["--prompts_file", "examples/prompts.txt"]
+    if module == "training.publish":
+        given += ["--dataset_name=", "--prompts_file", "examples/prompts_unseen.txt", "--base_model", BASE_MODEL]
+    return given
+
+
+def test_the_readme_has_every_program_for_every_recipe():
+    for recipe in STAND_INS:
+        assert [module for module, _ in commands(recipe)] == list(SHORTER)
 
 
 @pytest.mark.slow
-def test_the_python_examples(monkeypatch):
+@pytest.mark.parametrize("recipe", STAND_INS)
+def test_the_commands_from_start_to_repository(recipe, tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    hub.tokens["hf_you"] = "you"
+    for module, given in commands(recipe):
+        given = given + instead(recipe, module, tmp_path)
+        given += ["--hub_token", "hf_you"] if "--push_to_hub" in given else []
+        if recipe == "fashion-flux" and module == "training.train_ld3":  # once through the launcher
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", module, *given]
+            subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600)
+        else:
+            importlib.import_module(module).main(given)
+    published = LD3Scheduler.from_pretrained(tmp_path / "schedules" / "published")
+    assert published.learned_counts == [6]
+    if recipe == "fashion-flux":
+        assert not hub.repos
+        return
+    (repository,) = hub.repos
+    assert repository == f"you/{recipe}-schedules"
+    assert LD3Scheduler.from_pretrained(repository).config.schedules == published.config.schedules
+    (found,) = find_schedules(base_model=BASE_MODEL, nfe=6)
+    assert found.repo_id == repository
+
+
+@pytest.mark.slow
+def test_the_python_examples(monkeypatch, hub):
     monkeypatch.chdir(ROOT)
     names = {}
     for block in blocks("python"):
         exec(block, names)
     assert names["image"].size == (32, 32)
-    assert names["pipe"].scheduler.learned_counts == []  # the last example left the learned schedules out
 
 
 @pytest.mark.slow

@@ -48,8 +48,12 @@ LIBRARY_LAZY_IMPORTS = {"scipy"}
 README_COMMANDS = {
     "make demo": ("Makefile", "\ndemo:"),
     "make test": (".ci/run", "\nmake --no-print-directory test\n"),
-    ".venv/bin/python -m training.make_teacher_set": ("tests/test_readme.py", '"training.make_teacher_set": ['),
-    ".venv/bin/python -m training.train_ld3": ("tests/test_readme.py", '"training.train_ld3": ['),
+    ".venv/bin/accelerate launch -m training.make_teacher_set": (
+        "tests/test_readme.py",
+        '"training.make_teacher_set"',
+    ),
+    ".venv/bin/accelerate launch -m training.train_ld3": ("tests/test_readme.py", '"training.train_ld3"'),
+    ".venv/bin/accelerate launch -m training.publish": ("tests/test_readme.py", '"training.publish"'),
 }
 
 
