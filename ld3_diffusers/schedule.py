@@ -6,6 +6,7 @@ image-to-image and fallbacks need the solver's formulas at new times. A checksum
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -165,14 +166,15 @@ class Schedule:
             first=first,
         )
 
-    def rounded(self, path: NoisePath, dtype: torch.dtype, *, mu: float = 0.0) -> "Schedule":
-        """With network times whose timesteps, at resolution shift `mu`, `dtype` can hold; the gradient passes unchanged.
+    def rounded(self, path: NoisePath, told: Callable[[Tensor], Tensor], *, mu: float = 0.0) -> "Schedule":
+        """With network times that become `told(timesteps)` at resolution shift `mu`; the gradient passes the rounding unchanged.
 
-        A pipeline that casts timesteps to `dtype` tells its network these times anyway.
+        A pipeline that casts timesteps to bfloat16 tells its network rounded ones, whatever the schedule says.
         """
         mu = mu if path.kind == "flow" and not self.final else 0.0
         exact = self.network_times.detach()
-        times = path.time(path.timestep(shift_flow_time(exact, mu) if mu else exact).to(dtype).double())
+        shifted = shift_flow_time(exact, mu) if mu else exact
+        times = path.time(told(path.timestep(shifted))).clamp(0, path.t_max)
         times = shift_flow_time(times, -mu) if mu else times
         return replace(self, network_times=self.network_times + (times - exact), checksum=None)
 

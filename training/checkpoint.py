@@ -33,6 +33,11 @@ class Checkpoints:
         if total_limit is not None and total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {total_limit}")
 
+    def clear(self) -> None:
+        """Remove the checkpoints of an earlier run, which would be taken for the newest of this one."""
+        for old in [] if self.folder is None else checkpoint_folders(self.folder):
+            shutil.rmtree(old)
+
     def save(self, step: int, state: dict[str, Any]) -> None:
         if self.folder is None:
             return

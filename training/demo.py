@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 
 from ld3_diffusers import LD3Scheduler, SolverSpec
-from ld3_diffusers.solvers import SOLVERS
+from ld3_diffusers.solvers import SOLVERS, Solver
 
 from . import make_teacher_set, train_ld3
 from .arguments import check_writable, usage_errors
@@ -47,7 +47,9 @@ MAGNIFIED = 4  # differences in the picture
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("demo", description=__doc__.split("\n")[0])
     p.add_argument(
-        "--teacher", default=str(TEACHER), help="pipeline folder with a prompts.json (default: %(default)s)"
+        "--teacher",
+        default=str(TEACHER),
+        help="pipeline folder with a prompts.json and a quality.json (default: %(default)s)",
     )
     p.add_argument("--nfe", type=int, nargs="+", default=[5], help="network evaluations (default: 5)")
     p.add_argument(
@@ -99,17 +101,21 @@ def make_sets(args, call: dict[str, Any], *more: str) -> dict[str, TeacherSet]:
     return sets
 
 
+def solver_of(args) -> Solver:
+    """The solver that is learned for; without an order given, of its own."""
+    return SolverSpec(args.solver, args.solver_order).make()
+
+
 def learn(args, recipe: str, *more: str) -> Path:
     """One folder a recipe, which serves every number of evaluations that it was asked for so far."""
     sets, folder = Path(args.output_dir), Path(args.output_dir) / recipe
     options = PUBLISHED
     if recipe == "default":
-        options = ["--config", f"training/recipes/{Path(args.teacher).name}.yaml"]
-        options += ["--max_train_steps", str(args.max_train_steps)]
+        options = ["--train_batch_size", "16", "--max_train_steps", str(args.max_train_steps)]
     train_ld3.main(
         ["--teacher", args.teacher, "--teacher_set", str(sets / "train"), "--validation_set", str(sets / "valid")]
         + ["--nfe", *map(str, args.nfe), "--solver", args.solver]
-        + ([] if args.solver_order is None else ["--solver_order", str(args.solver_order)])
+        + ["--solver_order", str(solver_of(args).order)]
         + [
             "--recipe",
             recipe,
@@ -119,7 +125,7 @@ def learn(args, recipe: str, *more: str) -> Path:
         + ["--num_train", str(args.num_train), "--num_valid", str(args.num_valid)]
         + ["--seed", str(args.seed), "--output_dir", str(folder)]
         + ["--checkpointing_steps", "25", "--checkpoints_total_limit", "1"]
-        + ["--resume_from_checkpoint", "latest", "--allow_worse", *options, *more]
+        + ["--resume_from_checkpoint", "latest", "--report_to", "none", "--allow_worse", *options, *more]
     )
     return folder
 
@@ -131,8 +137,7 @@ def compare(
     """Prints and writes everything for one number of evaluations."""
     learned = []
     for recipe, folder in folders.items():
-        solver = SolverSpec(args.solver, args.solver_order).make()
-        setting = f"{solver.name} {solver.order}, learned times"
+        setting = f"{args.solver} {solver_of(args).order}, learned times"
         learned.append(Contender(f"LD3 {recipe}", LD3Scheduler.from_pretrained(folder), nfe, setting))
     contenders = [*learned, *stock_contenders(comparison.stock_scheduler.config, nfe)]
     for contender in tqdm(contenders, desc=f"comparing at {nfe} evaluations"):
@@ -176,7 +181,7 @@ def main(argv=None) -> None:
     start = time.perf_counter()
     with usage_errors(command_line):
         check_writable(args.output_dir)
-        SolverSpec(args.solver, args.solver_order).make()
+        solver_of(args)
         if min(args.nfe) < 1 or args.num_unseen < 2:
             raise ValueError("--nfe must be at least 1 and --num_unseen at least 2; raise them")
     try:

@@ -3,6 +3,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -171,4 +172,4 @@ def saved_schedule(folder: str | Path, path: NoisePath, nfe: int, spec: SolverSp
     levels = {solver.make().stages for solver in (spec, schedule.spec)}
     if len(levels) > 1 or spec.afs != schedule.spec.afs or (levels == {2} and spec.solver != schedule.spec.solver):
         raise ValueError(f"{spec.solver} cannot start from levels made for {schedule.spec.solver}; start from a grid")
-    return Schedule(schedule.times, schedule.network_times, spec, path.kind, prediction_type, final=schedule.final)
+    return replace(schedule, spec=spec, checksum=None)

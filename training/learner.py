@@ -208,6 +208,8 @@ def learn(
         done = len(history)
         if checkpointing_steps and done % checkpointing_steps == 0 and is_main(accelerator):
             now = {"learner": learner.state_dict(), "history": history, "initial_loss": initial_loss}
+            if state is None and done == checkpointing_steps:
+                checkpoints.clear()
             checkpoints.save(done, {**now, "identity": identity})
         if callback is not None:
             callback(done, history[-1])

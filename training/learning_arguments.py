@@ -146,6 +146,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if min(args.nfe) < 1 or len(set(args.nfe)) < len(args.nfe):
         raise ValueError(f"--nfe must name different counts of at least 1, got {' '.join(map(str, args.nfe))}")
+    if len(args.nfe) > 1 and args.resume_from_checkpoint not in (None, "latest"):
+        raise ValueError("a checkpoint is of one count; give --resume_from_checkpoint latest, or one --nfe")
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, got {args.seed}")
     if args.teacher_set is not None:

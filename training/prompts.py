@@ -2,6 +2,7 @@
 """Prompts: from a file, or from a data set on the Hub or in a folder."""
 
 import csv
+import io
 import json
 import re
 from argparse import Namespace
@@ -144,7 +145,7 @@ def read_prompts(path: str | Path, *, caption_column: str | None = None, max_pro
     elif suffix in (".csv", ".tsv"):
         prompts = _from_table(path, text, "\t" if suffix == ".tsv" else ",", caption_column)
     else:
-        prompts = text.splitlines()
+        prompts = text.split("\n")
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if max_prompts is not None:
         if max_prompts < 1:
@@ -179,7 +180,7 @@ def _from_json(path: Path, text: str) -> list[str]:
 
 def _from_json_lines(path: Path, text: str, column: str | None) -> list[str]:
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"the prompts file {str(path)!r} has a line that is not valid JSON: {error}") from error
     place = f"the prompts file {str(path)!r}"
@@ -192,7 +193,7 @@ def _from_json_lines(path: Path, text: str, column: str | None) -> list[str]:
 
 
 def _from_table(path: Path, text: str, delimiter: str, column: str | None) -> list[str]:
-    rows = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     column = _column(f"the prompts file {str(path)!r}", list(rows.fieldnames or []), column)
     return [row[column] or "" for row in rows]
 

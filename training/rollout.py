@@ -21,8 +21,10 @@ from .conditioning import Conditioning, batch_size, expanded, named_embeddings
 from .decoding import decode
 from .denoisers import Calls, Evaluations, denoisers, instrumented, replaced
 from .denoisers import gradient_checkpointing as checkpointed_blocks
+from .told_times import LOW, Told, embeddings_of, find_told
 
 
+PROBES = 12  # evaluations that show how a pipeline rounds times; only those that do make them
 OWN_ARGUMENTS = (
     "num_inference_steps",
     "timesteps",
@@ -132,7 +134,7 @@ class PipelineRollout:
         for module in modules:
             module.eval().requires_grad_(False)
         self._start: tuple[tuple[int, ...], torch.dtype] | None = None
-        self._time_dtype: torch.dtype | None = None
+        self._told: Told | None = None
 
     def close(self) -> None:
         """Give the pipeline back as it came."""
@@ -220,7 +222,7 @@ class PipelineRollout:
                     f"{type(self.pipe).__name__} draws its own noise; pass a LongTensor with one seed a sample"
                 )
             arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in noise]
-        nfe = self._use(schedule if isinstance(schedule, int) else self.rounded(schedule, conditioning))
+        nfe = self._use(schedule)
 
         calls = Calls(self.evaluations, batch)
         results: list[Tensor] = []
@@ -250,7 +252,7 @@ class PipelineRollout:
     def _use(self, schedule: Schedule | int) -> int:
         learned = None if isinstance(schedule, int) else schedule
         nfe = schedule if learned is None else learned.nfe
-        self.scheduler.use_schedule(learned)
+        self.scheduler.use_schedule(learned, self._told)
         if not self.scheduler.config.use_dynamic_shifting:
             # Some pipelines scale their starting noise before they set the timesteps.
             self.scheduler.set_timesteps(nfe, device=self.device)
@@ -334,7 +336,7 @@ class PipelineRollout:
     def _starting_state(self, conditioning: Conditioning) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape, without the batch, and dtype of the state in which the pipeline starts; found by one step of a real run.
 
-        The dtype in which its network is told the time is found on the way.
+        How the pipeline rounds the time that its network is told is found on the way.
         """
         if self._start is None:
             batch = batch_size(conditioning) or 1
@@ -346,20 +348,10 @@ class PipelineRollout:
                 self._start = tuple(state.shape[1:]), state.dtype
                 raise _EndReached
 
-            def watched(forward):
-                def run(*args, **kwargs):
-                    time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-                    if isinstance(time, Tensor) and time.is_floating_point():
-                        self._time_dtype = time.dtype
-                    return forward(*args, **kwargs)
-
-                return run
-
-            self.scheduler.use_schedule(None)
-            with torch.no_grad(), ExitStack() as stack:
-                for module in denoisers(self.pipe).values():
-                    stack.enter_context(replaced(module, "forward", watched(module.forward)))
+            with torch.no_grad():
+                self.scheduler.use_schedule(None)
                 self._run(2, arguments, on_step)
+                self._told = self._find_told(arguments)
             if self._start is None:
                 raise ValueError(
                     f"{type(self.pipe).__name__} never called its scheduler's step; it cannot follow a schedule"
@@ -370,15 +362,47 @@ class PipelineRollout:
         """Shape of one sample's state, and with `moves_noise` of its starting noise, as the pipeline takes it for `latents`."""
         return self._starting_state(self._embeddings if conditioning is None else conditioning)[0]
 
-    def rounded(self, schedule: Schedule, conditioning: Conditioning | None = None) -> Schedule:
-        """The schedule with network times as the network gets them; their gradient passes the rounding unchanged.
+    def _find_told(self, arguments: dict[str, Any]) -> Told | None:
+        """What the pipeline does to timesteps on their way to the network; see [`find_told`]."""
+        given: list[Tensor] = []
+        embedded: list[float] = []
 
-        Pipelines of the Flux family cast the time to the dtype of their latents: bfloat16 keeps every fourth of 512 to 1024.
-        """
-        self._starting_state(self._embeddings if conditioning is None else conditioning)
-        if self._time_dtype not in (torch.bfloat16, torch.float16):
-            return schedule
-        return schedule.rounded(self.path, self._time_dtype, mu=self.mu)
+        def watched(forward):
+            def run(*args, **kwargs):
+                time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+                if not isinstance(time, Tensor) or time.dtype not in LOW:
+                    raise _EndReached
+                given.append(time.detach())
+                seen.clear()
+                result = forward(*args, **kwargs)
+                embedded.extend(seen[:1])
+                return result
+
+            return run
+
+        seen: list[float] = []
+        networks = list(denoisers(self.pipe).values())
+        hooks = [
+            part.register_forward_pre_hook(lambda _part, inputs: seen.append(float(inputs[0].flatten()[0])))
+            for network in networks
+            for part in embeddings_of(network)
+        ]
+        try:
+            with ExitStack() as stack:
+                for network in networks:
+                    stack.enter_context(replaced(network, "forward", watched(network.forward)))
+                self.scheduler.use_schedule(None)
+                self._run(PROBES, arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # Guidance by a second call is told the same time again.
+        calls = max(1, len(given) // PROBES)
+        return find_told(self.scheduler.timesteps, given[::calls], embedded[::calls]) if given else None
+
+    def rounded(self, schedule: Schedule) -> Schedule:
+        """The schedule with network times as the network was told them in the last call, which followed it."""
+        return schedule if self._told is None else schedule.rounded(self.path, self._told, mu=self.mu)
 
     # ------------------------------------------------------------------ results
 

@@ -73,12 +73,28 @@ def settings(args: Namespace, recipe: Recipe, problem: Problem) -> dict:
         "recipe_settings": json.loads(json.dumps(asdict(recipe))),
         "loss_name": args.loss,
         "loss_space": args.loss_space,
+        "lpips_net": args.lpips_net if args.loss == "lpips" else None,
+        "discretization": Path(args.discretization).name,
+        "final_sigmas_type": args.final_sigmas_type,
         "train_pairs": len(problem.train),
         "valid_pairs": len(problem.valid),
         "learned_on": {"train": problem.train.used(), "valid": problem.valid.used()},
         "seed": args.seed,
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def with_start(facts: dict, start: dict) -> dict:
+    """The facts of a run that started from a schedule with the provenance `start`: what that was learned on is known to this one."""
+    before = start.get("learned_on")
+    if before is None:
+        return facts
+    united = {}
+    for part, used in facts["learned_on"].items():
+        seeds = [*used["seeds"], *before[part]["seeds"]]
+        prompts = sorted({*used["prompts"], *before[part]["prompts"]})
+        united[part] = {"seeds": [min(seeds), max(seeds)], "prompts": prompts}
+    return {**facts, "learned_on": united}
 
 
 def results(result: LearnResult, start: str, rivals: dict[str, float], mu: float) -> dict:

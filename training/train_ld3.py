@@ -31,7 +31,7 @@ from .objectives import Decoded, Objective, make_distance
 from .processes import COLLECTIVE_TIMEOUT, is_sharded, lost_process_message, on_main, shard
 from .recipe import Recipe
 from .rollout import PipelineRollout
-from .schedule_folder import check_same_model, existing, results, save, settings
+from .schedule_folder import check_same_model, existing, results, save, settings, with_start
 from .teacher import check_teacher_name, load_teacher
 
 
@@ -90,13 +90,20 @@ def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: 
         objective = Decoded(distance, rollout.decode) if args.loss_space == "pixel" else distance
         problem = Problem(rollout, training, validation, rollout.path, objective, accelerator)
         facts = settings(args, recipe, problem)
+        refusals, logged = [], 0
         for nfe in args.nfe:
             learned = on_main(lambda nfe=nfe: is_learned(args, nfe, spec, facts), accelerator)
             if learned and args.resume_from_checkpoint == "latest":
                 accelerator.print(f"{args.output_dir} has this schedule for {nfe} evaluations already")
                 continue
-            learn_one(args, nfe, recipe, spec, problem, facts)
+            try:
+                logged += learn_one(args, nfe, recipe, spec, problem, facts, logged)
+            except LosesToGrid as error:
+                refusals.append(str(error))
+                accelerator.print(refusals[-1])
     accelerator.end_training()
+    if refusals:
+        raise ValueError("; ".join(refusals))
 
 
 def is_learned(args, nfe: int, spec: SolverSpec, facts: dict) -> bool:
@@ -108,8 +115,12 @@ def is_learned(args, nfe: int, spec: SolverSpec, facts: dict) -> bool:
     return same_solver and all(made.get(name) == value for name, value in facts.items())
 
 
-def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem, facts: dict) -> None:
-    """Learn, judge and save the schedule for `nfe` evaluations."""
+class LosesToGrid(ValueError):
+    """A learned schedule that is no better than a hand-made grid."""
+
+
+def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem, facts: dict, logged: int = 0) -> int:
+    """Learn, judge and save the schedule for `nfe` evaluations; returns the iterations, which trackers count on from `logged`."""
     rollout, accelerator = problem.rollout, problem.accelerator
     config, stock = rollout.scheduler.config, rollout.stock_scheduler.config
     # Times of flow models are learned before their resolution shift, where that is possible.
@@ -119,10 +130,11 @@ def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem
     accelerator.print(f"{nfe} evaluations: starting from {start}")
     noise, _, conditioning = problem.train.batch([0], problem.device)
     check_gradients(rollout, initial, noise, conditioning)
-    result = run(args, recipe, problem, initial, facts)
+    result = run(args, recipe, problem, initial, facts, logged)
     # What is saved is what the network is told: a pipeline that casts times to its dtype would round them anyway.
-    result.schedule = rollout.rounded(result.schedule, conditioning)
+    result.schedule = rollout.rounded(result.schedule)
     rivals = grid_search(problem, grids, pairs="valid", batch_size=pass_size(recipe))
+    facts = with_start(facts, initial.provenance)
     result.schedule = replace(result.schedule, provenance={**facts, **results(result, start, rivals, rollout.mu)})
     best = next(iter(rivals))
     accelerator.print(f"validation loss {result.loss:.6g}; {best}, the best hand-made grid, {rivals[best]:.6g}")
@@ -131,6 +143,7 @@ def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem
         pictures = {"learned": result.schedule, f"start: {start}": initial, f"best grid: {best}": grids[best]}
         save(args, result, stock, problem.path, pictures)
     accelerator.wait_for_everyone()
+    return len(result.history)
 
 
 def pass_size(recipe: Recipe) -> int | None:
@@ -157,7 +170,7 @@ def starting_point(
     return name, grid_schedule(name, path, nfe, spec, config.prediction_type, **grid)
 
 
-def run(args, recipe: Recipe, problem: Problem, initial: Schedule, facts: dict) -> LearnResult:
+def run(args, recipe: Recipe, problem: Problem, initial: Schedule, facts: dict, logged: int) -> LearnResult:
     accelerator, nfe = problem.accelerator, initial.nfe
     steps = recipe.max_steps if recipe.name == "default" else recipe.steps(len(problem.train))
     progress = tqdm(
@@ -174,7 +187,7 @@ def run(args, recipe: Recipe, problem: Problem, initial: Schedule, facts: dict) 
             accelerator.init_trackers("train_ld3", settings)
         if accelerator.log_with:
             finite = {f"nfe-{nfe}/{key}": value for key, value in entry.items() if math.isfinite(value)}
-            accelerator.log(finite, step=done)
+            accelerator.log(finite, step=logged + done)
 
     try:
         return learn(
@@ -203,13 +216,13 @@ def run(args, recipe: Recipe, problem: Problem, initial: Schedule, facts: dict) 
 
 
 def refuse_worse(args, result: LearnResult, rivals: dict[str, float]) -> None:
-    """Raises a `ValueError` if a hand-made grid is as good on the validation pairs."""
+    """Raises [`LosesToGrid`] if a hand-made grid is as good on the validation pairs."""
     best = next(iter(rivals))
     if args.allow_worse or result.loss < rivals[best]:
         return
-    raise ValueError(
-        f"the learned schedule does not beat the grid {best!r} on the validation pairs ({result.loss:.6g} against "
-        f"{rivals[best]:.6g}), so nothing was saved; use more pairs or iterations, or that grid, or --allow_worse"
+    raise LosesToGrid(
+        f"the schedule learned for {result.schedule.nfe} evaluations does not beat the grid {best!r} on the validation pairs ({result.loss:.6g} against "
+        f"{rivals[best]:.6g}), so it was not saved; use more pairs or iterations, or that grid, or --allow_worse"
     )
 
 

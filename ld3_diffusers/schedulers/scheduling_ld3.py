@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LD3Scheduler`: learned (and hand-made) schedules of any solver, inside any Diffusers pipeline."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             for spec in (self.spec, *(schedule.spec for schedule in self._schedules.values())):
                 check_bounds_data(spec, self.path)
         self._override: Schedule | None = None
+        self._told = None
         self._cache: dict[tuple, tuple[Schedule, StepTable, float]] = {}
         self.num_inference_steps = None
         self._table: StepTable | None = None
@@ -173,9 +175,12 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         """Numbers of evaluations with a learned schedule."""
         return sorted(self._schedules)
 
-    def use_schedule(self, schedule: Schedule | None) -> None:
-        """Serve `schedule`, whose times may require grad, in place of the config's; None goes back to the config."""
-        self._override = schedule
+    def use_schedule(self, schedule: Schedule | None, told: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Serve `schedule`, whose times may require grad, in place of the config's; None goes back to the config.
+
+        With `told`, what a pipeline makes of timesteps, it is served as [`Schedule.rounded`].
+        """
+        self._override, self._told = schedule, told
         self._cache.clear()
 
     def check(self, pipe) -> None:
@@ -241,6 +246,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             refuse_custom_grids(nfe, timesteps=timesteps, sigmas=sigmas)
             mu = 0.0 if learned.final else logit_shift(self.config, mu)
             key = (nfe, mu)
+            if self._told is not None and learned is self._override:
+                learned = learned.rounded(self.path, self._told, mu=mu)
         else:
             key = (nfe, mu, *(None if grid is None else tuple(grid) for grid in (timesteps, sigmas)))
         if key not in self._cache:
@@ -266,8 +273,9 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
     @property
     def mu(self) -> float:
         """Resolution shift that the last `set_timesteps` asked for, added to logit s; 0 where there is none."""
-        unshifted = self._table is None or self.config.shift_terminal
-        return 0.0 if unshifted else logit_shift(self.config, self._asked_mu)
+        config = self.config
+        unknown = self._table is None or (config.use_dynamic_shifting and self._asked_mu is None)
+        return 0.0 if unknown or config.shift_terminal else logit_shift(config, self._asked_mu)
 
     # ------------------------------------------------------------------ where we are
 

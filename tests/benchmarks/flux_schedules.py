@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two questions about schedules of flow models, answered with a shipped Flux.
 
-    python -m tests.benchmarks.flux_schedules bf16 [--nfe 4 5 8]
+    python -m tests.benchmarks.flux_schedules bf16 [--nfe 4 5 8] [--num_unseen 64 --max_train_steps 40]
     python -m tests.benchmarks.flux_schedules resolution [--to 48]
 
 `bf16`: a schedule learned in float32 and one learned in bfloat16, both sampled in bfloat16. `resolution`: a schedule learned at one
@@ -22,12 +22,14 @@ from training.teacher import load_teacher
 
 
 TEACHER = "examples/teachers/fashion-flux"
+SIZES = ("num_train", "num_valid", "num_unseen", "max_train_steps")
 
 
 def prepared(args, name: str, call: dict, *more: str):
     """Demo arguments for one way of learning, its teacher sets, and the folder with its schedules."""
     given = ["--teacher", TEACHER, "--nfe", *map(str, args.nfe), "--output_dir", str(Path(args.output_dir, name))]
-    settings = demo.parser().parse_args(given)
+    sizes = {size: getattr(args, size) for size in SIZES if getattr(args, size) is not None}
+    settings = demo.parser().parse_args([*given, *(f"--{size}={count}" for size, count in sizes.items())])
     sets = demo.make_sets(settings, call, *more)
     return sets["unseen"], demo.learn(settings, "default", *more)
 
@@ -70,6 +72,8 @@ def main() -> None:
     parser.add_argument("question", choices=["bf16", "resolution"])
     parser.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 8])
     parser.add_argument("--to", type=int, default=48, help="pixels a side")
+    for size in SIZES:
+        parser.add_argument(f"--{size}", type=int, help="default: the demo's; CPUs are slow in bfloat16")
     parser.add_argument("--output_dir", default="outputs/flux_schedules")
     args = parser.parse_args()
     call = call_settings(json.loads(Path(TEACHER, demo.QUALITY).read_text()))

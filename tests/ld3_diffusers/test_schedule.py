@@ -207,3 +207,12 @@ def test_checksum_sees_a_small_change_of_one_late_time():
     check_checksum(saved, table_checksum(saved))
     with pytest.raises(ValueError, match="another step table"):
         check_checksum(other, table_checksum(saved))
+
+
+def test_rounded_times_stay_on_the_path():
+    path = PATHS["vp_discrete"]
+    schedule = Schedule([0.999, 0.5, 0.1], spec=SolverSpec("ddim"))
+    rounded = schedule.rounded(path, lambda t: t.bfloat16().double())  # bfloat16(998) is 1000, before the path begins
+    assert float(rounded.network_times[0]) == path.t_max
+    rounded.table(path)
+    assert float(path.timestep(rounded.network_times[1])) == pytest.approx(500, abs=1e-9)  # from 499

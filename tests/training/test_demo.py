@@ -46,7 +46,7 @@ def test_demo_is_interrupted_continues_and_reuses(teacher, tmp_path, monkeypatch
         assert (tmp_path / "nfe-3" / name).stat().st_size > 300
 
     demo.main(arguments)
-    assert "has a schedule for 3 evaluations already" in capsys.readouterr().out
+    assert "has this schedule for 3 evaluations already" in capsys.readouterr().out
     assert json.loads((tmp_path / "nfe-3" / "results.json").read_text()) == results
 
 

@@ -9,51 +9,80 @@ from ld3_diffusers.noise_path import RectifiedFlow, shift_flow_time
 from tests.tiny_pipelines import PIPELINES
 from tests.training.rollouts import make, noise_for, schedule_for
 from training import make_teacher_set, train_ld3
-from training.denoisers import denoisers, replaced
 from training.gradient_check import check_gradients
 from training.teacher_set import TeacherSet
+from training.told_times import find_told
 
 
-def told(rollout, schedule, noise, conditioning):
-    """What the transformer's `timestep` argument is at each evaluation, times 1000."""
+def embedded(rollout, schedule, noise, conditioning):
+    """Times, in 1000ths, that the transformer embeds at each evaluation: what it is told after all casts."""
     seen = []
-    network = denoisers(rollout.pipe)["transformer"]
-
-    def watch(forward):
-        def watched(*args, **kwargs):
-            seen.append(kwargs["timestep"].detach().clone())
-            return forward(*args, **kwargs)
-
-        return watched
-
-    with torch.no_grad(), replaced(network, "forward", watch(network.forward)):
+    part = rollout.pipe.transformer.time_text_embed.time_proj
+    hook = part.register_forward_pre_hook(lambda _part, inputs: seen.append(float(inputs[0][0])))
+    with torch.no_grad():
         rollout(schedule, noise, conditioning)
-    return torch.stack([time[0] for time in seen])
+    hook.remove()
+    return torch.tensor(seen[:: len(seen) // schedule.nfe], dtype=torch.float64)  # the guidance scale is embedded second
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounded_network_times_are_what_the_network_sees(dtype):
+def test_rounded_network_times_are_what_the_network_embeds():
     rollout, _ = make("flux")
     with rollout:
-        rollout.pipe.to(dtype)
+        rollout.pipe.to(torch.bfloat16)
         conditioning = rollout.encode()
         noise = noise_for(rollout, conditioning)
         schedule = schedule_for(rollout, nfe=4)
-        rounded = rollout.rounded(schedule, conditioning)
-        assert rollout.mu != 0
-        if dtype == torch.float32:
-            assert rounded is schedule
-            return
-        assert not torch.equal(rounded.network_times, schedule.network_times)
-        timesteps = 1000 * shift_flow_time(rounded.network_times, rollout.mu)
-        torch.testing.assert_close(timesteps, timesteps.to(dtype).double(), rtol=1e-12, atol=0)
-        # half a unit in the last of bfloat16's 8 bits
-        exact = 1000 * shift_flow_time(schedule.network_times, rollout.mu)
-        assert bool(((timesteps - exact).abs() <= exact * 2**-8).all())
-        # the pipeline's own cast maps both to the same, so that nothing changes in it
-        assert torch.equal(told(rollout, rounded, noise, conditioning), told(rollout, schedule, noise, conditioning))
         with torch.no_grad():
-            assert torch.equal(rollout(rounded, noise, conditioning), rollout(schedule, noise, conditioning))
+            end = rollout(schedule, noise, conditioning)
+        rounded = rollout.rounded(schedule)
+        assert rollout.mu != 0 and not torch.equal(rounded.network_times, schedule.network_times)
+        timesteps = 1000 * shift_flow_time(rounded.network_times, rollout.mu)
+        torch.testing.assert_close(embedded(rollout, rounded, noise, conditioning), timesteps, rtol=1e-12, atol=0)
+        # learning goes through the same rounding, in the solver's formulas too, so that nothing is lost by it
+        with torch.no_grad():
+            assert torch.equal(rollout(rounded, noise, conditioning), end)
+        exact = 1000 * shift_flow_time(schedule.network_times, rollout.mu)
+        assert bool(((timesteps - exact).abs() <= exact * 2**-7).all())
+
+
+def test_float32_is_left_alone():
+    rollout, _ = make("flux")
+    with rollout:
+        conditioning = rollout.encode()
+        schedule = schedule_for(rollout)
+        with torch.no_grad():
+            rollout(schedule, noise_for(rollout, conditioning), conditioning)
+        assert rollout.rounded(schedule) is schedule
+
+
+@pytest.mark.parametrize(
+    "way", ["cast", "cast, / 1000, * 1000", "cast, / 1000", "/ 1000, cast, * 1000", "/ 1000, cast"]
+)
+def test_the_way_a_time_takes_is_recognised(way):
+    """Each way, on the times at which ways differ; what is found maps to itself."""
+    timesteps = torch.linspace(1000, 40, 12)
+    single = timesteps.bfloat16()
+    given = {
+        "cast": single,
+        "cast, / 1000, * 1000": single / 1000,
+        "cast, / 1000": single / 1000,
+        "/ 1000, cast, * 1000": (timesteps / 1000).bfloat16(),
+        "/ 1000, cast": (timesteps / 1000).bfloat16(),
+    }[way]
+    inside = given * 1000 if way.endswith("* 1000") else given.double() * (1 if way == "cast" else 1000)
+    told = find_told(timesteps, list(given), inside.double().tolist())
+    everything = torch.linspace(1, 1000, 4001, dtype=torch.float64)
+    assert torch.equal(told(told(everything)), told(everything))
+    assert float((told(everything) - everything).abs().max()) <= (8 if "* 1000" in way or way == "/ 1000, cast" else 4)
+    if way == "cast, / 1000, * 1000":  # three roundings: 502 is embedded as 504
+        assert told(torch.tensor([502.0], dtype=torch.float64)) == 504
+
+
+def test_an_unknown_rounding_is_not_guessed():
+    timesteps = torch.linspace(1000, 40, 12)
+    given = (0.5 * timesteps).bfloat16()
+    assert find_told(timesteps, list(given), []) is None
+    assert find_told(timesteps, list(timesteps), []) is None  # float32
 
 
 def test_stable_diffusion_is_told_exact_times_in_bfloat16_too():
@@ -61,7 +90,10 @@ def test_stable_diffusion_is_told_exact_times_in_bfloat16_too():
     with rollout:
         rollout.pipe.to(torch.bfloat16)
         schedule = schedule_for(rollout)
-        assert rollout.rounded(schedule, rollout.encode()) is schedule
+        conditioning = rollout.encode()
+        with torch.no_grad():
+            rollout(schedule, noise_for(rollout, conditioning), conditioning)
+        assert rollout.rounded(schedule) is schedule
 
 
 def test_gradients_pass_bfloat16s_rounding():
@@ -123,7 +155,8 @@ def test_the_program_saves_what_a_bfloat16_network_saw(room, tmp_path):
     assert facts["dtype"] == "bfloat16" and facts["mu"] != 0 and entry["final"] is False
     assert entry["times"][0] == 1.0
     timesteps = 1000 * shift_flow_time(torch.tensor(entry["network_times"], dtype=torch.float64), facts["mu"])
-    torch.testing.assert_close(timesteps, timesteps.bfloat16().double(), rtol=1e-12, atol=0)
+    told = (timesteps.bfloat16() / 1000 * 1000).double()
+    torch.testing.assert_close(timesteps, told, rtol=1e-12, atol=0)
 
 
 def test_true_guidance_is_part_of_the_pairs_and_of_learning(room, tmp_path):

@@ -197,6 +197,7 @@ def refused(capsys, given):
         (["--num_train", "7"], "make a larger teacher set"),
         (["--guidance_scale", "7.5"], "was made with guidance_scale=2.0, not 7.5"),
         (["--resume_from_checkpoint", "checkpoint-9"], "is no checkpoint"),
+        (["--resume_from_checkpoint", "checkpoint-9", "--nfe", "3", "4"], "a checkpoint is of one count"),
         (["--checkpoints_total_limit", "0"], "must be at least 1"),
         (["--seed", "-1"], "must not be negative"),
         (["--micro_batch_size", "0"], "micro_batch_size must be positive"),
@@ -217,6 +218,51 @@ def test_a_schedule_that_loses_is_not_saved(room, tmp_path, capsys):
     train_ld3.main([*given, "--allow_worse"])
     facts = LD3Scheduler.from_pretrained(output).config.schedules["3"]["provenance"]
     assert facts["start"] == "edm" and facts["loss"] >= facts["best_grid_loss"]
+
+
+def test_one_count_that_loses_does_not_keep_others_from_being_learned(room, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "schedules"
+    real = train_ld3.refuse_worse
+
+    def refuse(args, result, rivals):
+        if result.schedule.nfe == 2:
+            rivals = dict.fromkeys(rivals, 0.0)
+        real(args, result, rivals)
+
+    monkeypatch.setattr(train_ld3, "refuse_worse", refuse)
+    said = refused(capsys, arguments(room, output, "--nfe", "2", "3"))
+    assert "the schedule learned for 2 evaluations does not beat" in said
+    assert LD3Scheduler.from_pretrained(output).learned_counts == [3]
+
+
+def test_a_new_run_in_a_folder_leaves_no_checkpoint_of_the_old_one(room, tmp_path):
+    output = tmp_path / "schedules"
+    train_ld3.main(arguments(room, output))
+    train_ld3.main(arguments(room, output, "--learning_rate", "0.01", "--max_train_steps", "3", "--allow_worse"))
+    assert [path.name for path in (output / "nfe-3").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_what_a_start_was_learned_on_counts_as_seen(room, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_ld3.main(arguments(room, first))
+    (tmp_path / "others.txt").write_text("a green frog\n")
+    make = [
+        "--teacher",
+        str(room / "sd"),
+        "--output_dir",
+        str(tmp_path / "others"),
+        "--num_samples",
+        "8",
+        "--seed",
+        "20",
+    ]
+    make += ["--resolution", "32", "--num_inference_steps", "20", "--guidance_scale", "2"]
+    make_teacher_set.main([*make, "--prompts_file", str(tmp_path / "others.txt")])
+    others = ["--teacher_set", str(tmp_path / "others"), "--discretization", str(first), "--allow_worse"]
+    train_ld3.main(arguments(room, second, *others))
+    facts = LD3Scheduler.from_pretrained(second).config.schedules["3"]["provenance"]
+    assert facts["learned_on"]["train"]["seeds"] == [0, 24] and len(facts["learned_on"]["train"]["prompts"]) == 3
+    assert facts["discretization"] == "first" and str(tmp_path) not in str(facts)
 
 
 def test_other_weights_other_models_and_broken_configs_are_refused(room, tmp_path, capsys):
