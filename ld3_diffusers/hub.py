@@ -37,6 +37,8 @@ from .schedulers.config_file import CONFIG_NAME
 SCHEDULE_TAG = "ld3-schedule"
 NFE_TAG = "ld3-nfe-"
 CERTIFICATE_NAME = "certificate.json"
+# What the Hub's client raises without a network, or for an answer that is an error; RuntimeError where a large file's upload failed.
+CLIENT_ERRORS = (HTTPError, EntryNotFoundError, OSError, RuntimeError)
 
 # Diffusers downloads a component whose class is not its own only as a file of the repository, and asks that for the base class.
 SHIM_NAME = "ld3_shim"
@@ -276,14 +278,18 @@ def _upload(folder: Path, repo_id: str, learned: str, api: HfApi, private: bool 
         )
 
 
+def root_error(error: Exception) -> Exception:
+    """What failed; of the upload of a large file the client raises a bare RuntimeError that only has it as its cause."""
+    return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+
+
 @contextmanager
 def _hub_errors(action: str) -> Iterator[None]:
     """Turns what the Hub's client raises into a `ValueError` with what to do."""
     try:
         yield
-    except (HTTPError, EntryNotFoundError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and error.__cause__ is not None:  # the upload of one of several files
-            error = error.__cause__
+    except CLIENT_ERRORS as error:
+        error = root_error(error)
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if isinstance(error, RevisionNotFoundError):
             why = "there is no such revision; check its name"

@@ -25,7 +25,7 @@ from tests.hub_repository import File, HubError, Repo, read_card
 
 
 # What the real Hub's .gitattributes sends to LFS, of the files that occur here.
-LFS_SUFFIXES = {".bin", ".npz", ".pt", ".safetensors"}
+LFS_SUFFIXES = {".bin", ".npz", ".png", ".pt", ".safetensors"}
 
 Request = namedtuple("Request", "method query user body")
 Reply = namedtuple("Reply", "content headers", defaults=[{}])

@@ -24,7 +24,7 @@ SHORTER = {
     "training.make_teacher_set": ["--num_samples", "48", "--num_inference_steps", "20", "--train_batch_size", "24"],
     "training.train_ld3": ["--nfe", "6", "--num_train", "32", "--num_valid", "16", "--max_train_steps", "20"]
     + ["--report_to", "none"],
-    "training.publish": ["--num_samples", "48", "--train_batch_size", "24"],
+    "training.publish": ["--nfe", "6", "--num_samples", "48", "--train_batch_size", "24"],
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ld3_diffusers import LD3Scheduler
@@ -81,7 +82,8 @@ def opened(asked: Namespace, facts: dict[str, Any], accelerator) -> Iterator[tup
     if teacher_digest(pipe) != facts["teacher_digest"]:
         raise ValueError(
             f"{asked.pretrained_model_name_or_path!r} is another teacher than the one that the schedules were learned for (digest "
-            f"{teacher_digest(pipe)}, learned for {facts['teacher_digest']}); give that one with --teacher and --revision"
+            f"{teacher_digest(pipe)}, learned for {facts['teacher_digest']}); give that one with --teacher, --revision and, where it "
+            "has several kinds of weight files, --variant"
         )
     stock = pipe.scheduler.config
     pipe.scheduler = teacher_scheduler(asked, stock)
@@ -175,25 +177,47 @@ def _stored(file: Path, samples: int) -> dict[str, Any] | None:
 
 
 def draw(comparison: Comparison, pairs: TeacherSet, learned: Contender, stock: list[Contender], folder: Path) -> None:
-    """`samples.png` (teacher, best stock, learned; not of videos) and `schedules.png`."""
+    """`samples.png` (teacher, best stock, learned; not of videos) and `schedules.png`.
+
+    One that cannot be drawn, for lack of memory or of a decoder, is left out: what was measured is worth more than its pictures.
+    """
     rivals = best_by_name(stock)
+    for name, draw_one in (("samples.png", _draw_samples), ("schedules.png", _draw_schedules)):
+        try:
+            draw_one(comparison, pairs, learned, rivals, folder / name)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"{name} is left out, it cannot be drawn: {reason}")
+
+
+def _draw_samples(
+    comparison: Comparison, pairs: TeacherSet, learned: Contender, rivals: list[Contender], file: Path
+) -> None:
     prompts = pairs.pairs.with_format(None)["prompt_index"]
     shown = pick_columns(list(prompts), SHOWN)
     if len(shown) < SHOWN:  # one prompt, or none: the first samples
         shown = list(range(min(SHOWN, len(pairs))))
-    ends = {
-        f"teacher\n{pairs.provenance['num_inference_steps']} evaluations": pairs.batch(shown)[1],
-        f"{rivals[0].name}\n{rivals[0].evaluations} evaluations": comparison.ends(rivals[0], pairs, shown),
-        f"learned\n{learned.evaluations} evaluations": comparison.ends(learned, pairs, shown),
+
+    # One sample at a time: a decoder may need more memory than all that was measured.
+    @torch.no_grad()
+    def decoded(ends: Iterator[Tensor]) -> Tensor:
+        return torch.cat([comparison.decode(end.to(comparison.device)).float().cpu() for end in ends])
+
+    rows = {
+        f"teacher\n{pairs.provenance['num_inference_steps']} evaluations": decoded(pairs.batch([i])[1] for i in shown)
     }
-    with torch.no_grad():
-        rows = {name: comparison.decode(end.to(comparison.device)) for name, end in ends.items()}
+    for contender in (rivals[0], learned):
+        name = f"{contender.name}\n{contender.evaluations} evaluations"
+        rows[name] = decoded(comparison.ends(contender, pairs, [i]) for i in shown)
     captions = [textwrap.fill(pairs.prompts[prompts[i]], 16) if pairs.prompts else "" for i in shown]
     if all(images.ndim == 4 for images in rows.values()):
-        save_grid(
-            folder / "samples.png", {name: images.expand(-1, 3, -1, -1) for name, images in rows.items()}, captions
-        )
+        save_grid(file, {name: images.expand(-1, 3, -1, -1) for name, images in rows.items()}, captions)
+
+
+def _draw_schedules(
+    comparison: Comparison, pairs: TeacherSet, learned: Contender, rivals: list[Contender], file: Path
+) -> None:
     drawn = [learned, *(rival for rival in rivals if "Heun" not in rival.name)]
     for contender in drawn:
         comparison.ends(contender, pairs, [0])
-    save_schedules(folder / "schedules.png", drawn)
+    save_schedules(file, drawn)

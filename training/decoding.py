@@ -5,7 +5,8 @@ import inspect
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
@@ -13,7 +14,8 @@ def decode(pipe, latents: Tensor, *, height: int | None = None, width: int | Non
     r"""Pixels in about [-1, 1].
 
     With the autoencoder's constants $z = \mathrm{latents}\cdot\mathrm{std}/\mathrm{scaling} + \mathrm{mean} +
-    \mathrm{shift}$, of which each has those that its config names. A pipeline without an autoencoder samples pixels.
+    \mathrm{shift}$, of which each has those that its config names. One in float16 whose config says `force_upcast` (SDXL's
+    overflows) decodes in float32. A pipeline without an autoencoder samples pixels.
 
     Args:
         latents: end state, (batch, channels, ...), or packed tokens where the pipeline has an `_unpack_latents` that takes a size.
@@ -33,11 +35,14 @@ def decode(pipe, latents: Tensor, *, height: int | None = None, width: int | Non
     if config.get("latents_mean") is not None:
         latents = latents + _per_channel(config["latents_mean"], latents)
     latents = latents + (config.get("shift_factor") or 0.0)
-    latents = latents.to(next(vae.parameters()).dtype)
+    dtype = next(vae.parameters()).dtype
+    upcast = dtype == torch.float16 and bool(config.get("force_upcast"))
+    latents = latents.to(torch.float32 if upcast else dtype)
+    decoded = _decoded_in_float32 if upcast else _decoded
     if torch.is_grad_enabled() and latents.requires_grad:
-        images = checkpoint(_decoded, vae, latents, use_reentrant=False, preserve_rng_state=False)
+        images = checkpoint(decoded, vae, latents, use_reentrant=False, preserve_rng_state=False)
     else:
-        images = _decoded(vae, latents)
+        images = decoded(vae, latents)
     # Image pipelines on a video autoencoder (Qwen-Image) keep its one frame.
     return images[:, :, 0] if images.ndim == 5 and images.shape[2] == 1 else images
 
@@ -47,6 +52,23 @@ def _decoded(vae, latents: Tensor) -> Tensor:
         frames = vae.decode(latents.transpose(1, 2).flatten(0, 1), return_dict=False)[0]
         return frames.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
     return vae.decode(latents, return_dict=False)[0]
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return _decoded(self.vae, latents)
+
+
+def _decoded_in_float32(vae, latents: Tensor) -> Tensor:
+    # With copies of the weights. The backward pass recomputes this and needs its weights to stay as they were, so the
+    # autoencoder itself is not changed and changed back.
+    decoder = _Decoder(vae)
+    weights = {name: weight.float() for name, weight in decoder.state_dict().items() if weight.is_floating_point()}
+    return functional_call(decoder, weights, (latents,))
 
 
 def _per_channel(values, like: Tensor) -> Tensor:

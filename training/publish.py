@@ -34,7 +34,7 @@ from .arguments import check_writable, parse, usage_errors
 from .certification import MIXED_PRECISION, Measured, draw, measure, opened, pair_arguments, pairs_for
 from .comparison import best_by_name, unbeaten
 from .model_card import model_card
-from .processes import COLLECTIVE_TIMEOUT, is_sharded, on_main
+from .processes import COLLECTIVE_TIMEOUT, is_sharded, lost_process_message, on_main
 from .prompts import add_prompt_arguments, prompts_of
 from .published import Variant
 from .report import table
@@ -46,6 +46,8 @@ from .verification import verify
 
 FIRST_SEED = 1_000_000_000  # far from those that anybody learns on
 FEWEST_SAMPLES = 16  # a bootstrap interval of fewer means little
+LICENSE = "apache-2.0"
+WORK = "certification"  # folder inside that of the schedules
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hub_model_id", help="owner/name of the repository on the Hub")
     p.add_argument("--hub_token", help="default: that of `hf auth login`")
     p.add_argument("--private", action="store_true", help="make a new repository private")
-    p.add_argument("--license", default="apache-2.0", help="of the schedules, for the card (default: %(default)s)")
+    p.add_argument(
+        "--license", help=f"of the schedules, for the card (default: that of a card there is, else {LICENSE})"
+    )
     p.add_argument("--base_model", help="Hub id of the teacher, for the card of one that was loaded from a folder")
     p.add_argument("--subfolder", default="", help="with --verify: variant in the repository")
     p.add_argument("--tolerance", type=float, help="with --verify: of distances, in units of their mean")
@@ -91,7 +95,9 @@ def main(argv=None) -> None:
         accelerator = Accelerator(kwargs_handlers=[COLLECTIVE_TIMEOUT])
         if is_sharded(accelerator):
             raise ValueError("publish needs the whole teacher on each device; launch it without FSDP")
-        succeeded = verify(args, accelerator) if args.verify else publish(args, accelerator)
+        # Schedules lie beside the checkpoints of learning, which this program does not continue from.
+        with lost_process_message(args.verify or Path(args.schedules, WORK)):
+            succeeded = verify(args, accelerator) if args.verify else publish(args, accelerator)
     if not succeeded:
         sys.exit(1)
 
@@ -140,7 +146,7 @@ def publish(args: argparse.Namespace, accelerator: Accelerator) -> bool:
     if variant is not None:
         accelerator.print(f"{output} holds a certificate of exactly these schedules, seeds and prompts; using it")
     else:
-        work = Path(args.schedules, "certification")
+        work = Path(args.schedules, WORK)
         variant = certify(args, config, facts, settings, seeds, prompts, work, accelerator)
     on_main(lambda: deliver(args, api, repo_id, settings, variant, output), accelerator)
     return True
@@ -293,12 +299,14 @@ def refuse_losses(measured: Measured) -> None:
 def recorded(args: argparse.Namespace) -> dict[str, Any]:
     """The command line, without tokens, and of paths only the last part."""
     private = ("hub_token", "push_to_hub", "hub_model_id", "private", "output_dir", "verify", "subfolder", "tolerance")
-
-    def shown(value):
-        is_path = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
-        return Path(value).resolve().name if is_path else value
-
-    return {name: shown(value) for name, value in vars(args).items() if name not in private and value is not None}
+    given = {name: value for name, value in vars(args).items() if name not in private and value not in (None, "")}
+    for name in ("schedules", "prompts_file", "config", "pretrained_model_name_or_path", "dataset_name"):
+        is_hub_id = (
+            name in ("pretrained_model_name_or_path", "dataset_name") and not Path(given.get(name, "")).is_dir()
+        )
+        if name in given and not is_hub_id:
+            given[name] = Path(given[name]).resolve().name
+    return given
 
 
 def versions() -> dict[str, str]:
@@ -313,19 +321,22 @@ def device_name(device: torch.device) -> str:
 def deliver(args, api: HfApi, repo_id: str | None, settings: dict, variant: Variant, output: Path) -> None:
     """Write the folder, and upload it."""
     remote, parent = ({}, None) if repo_id is None else repositories.read_hub(api, repo_id)
-    published = repositories.union(repositories.read(output), remote)
+    local = repositories.read(output)
+    published = repositories.union(local, remote)
     name = repositories.place(published, settings)
     published = repositories.extended(published, name, variant)
-    card = model_card(published, repo_id or args.hub_model_id or str(args.output_dir or output.name), args.license)
+    license = args.license or repositories.present_license(api, repo_id, parent, output) or LICENSE
+    card = model_card(published, repo_id or args.hub_model_id or str(args.output_dir or output.name), license)
     files = repositories.contents(published, card)
-    repositories.write(files, output)
+    repositories.write(files, output, repositories.outdated(local, files))
     counts = ", ".join(variant.certificate["counts"])
     print(
-        f"{counts} evaluations: {name or 'root'} of {output}, which now has {', '.join(n or 'root' for n in published)}"
+        f"{counts} evaluations: in {f'{name}/ of' if name else 'the root of'} {output}; variants there: {', '.join(filter(None, published)) or 'none'}"
     )
     if repo_id is not None:
         message = f"Certified schedules for {counts} evaluations ({name or 'root'})"
-        print(repositories.upload(api, repo_id, files, parent, private=args.private, message=message))
+        gone = repositories.outdated(remote, files)
+        print(repositories.upload(api, repo_id, files, parent, private=args.private, message=message, gone=gone))
 
 
 if __name__ == "__main__":

@@ -11,24 +11,26 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, metadata_load
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
 from ld3_diffusers import LD3Scheduler
-from ld3_diffusers.hub import CERTIFICATE_NAME
+from ld3_diffusers.hub import CERTIFICATE_NAME, CLIENT_ERRORS, root_error
 
 from . import certificate as certificates
+from . import certificate_form
 from .call_settings import CALL_SETTINGS
 from .schedule_folder import CONFIG
 
@@ -36,7 +38,6 @@ from .schedule_folder import CONFIG
 CARD = "README.md"
 PICTURES = ("samples.png", "schedules.png")
 SHORT = {"true_cfg_scale": "t", "max_sequence_length": "l"}  # in the names of variants
-UNREACHABLE = (HTTPError, OSError)  # what the client raises without a network, or for a server's error
 
 
 @dataclass
@@ -67,6 +68,7 @@ def read(folder: str | Path) -> Repository:
         ValueError: for schedules without a certificate, or whatever cannot be read.
     """
     folder = Path(folder)
+    _repair(folder)
     if not folder.is_dir():
         return {}
     places = ["", *sorted(path.name for path in folder.iterdir() if (path / CERTIFICATE_NAME).is_file())]
@@ -83,7 +85,7 @@ def read(folder: str | Path) -> Repository:
             )
         scheduler = LD3Scheduler.from_pretrained(place)
         pictures = {p: (place / p).read_bytes() for p in PICTURES if (place / p).is_file()}
-        found[name] = Variant(dict(scheduler.config), certificates.read(place / CERTIFICATE_NAME), pictures)
+        found[name] = Variant(dict(scheduler.config), certificate_form.read(place / CERTIFICATE_NAME), pictures)
     if found and "" not in found:
         raise ValueError("there are certified schedules in subfolders but none in the root; choose another repository")
     return found
@@ -103,12 +105,31 @@ def read_hub(api: HfApi, repo_id: str) -> tuple[Repository, str | None]:
             return read(folder), commit
     except RepositoryNotFoundError:
         return {}, None
-    except UNREACHABLE as error:
+    except CLIENT_ERRORS as error:
         raise ValueError(f"cannot read the repository {repo_id!r}: {_line(error)}") from error
 
 
+def present_license(api: HfApi, repo_id: str | None, commit: str | None, folder: str | Path) -> str | None:
+    """Of the card that there is already, on the Hub at this commit or else in the folder; None if neither says anything.
+
+    Raises:
+        ValueError: if the Hub cannot be reached.
+    """
+    card = {}
+    try:
+        if commit is not None:
+            card = api.model_info(repo_id, revision=commit).card_data or {}
+    except CLIENT_ERRORS as error:
+        raise ValueError(f"cannot read the card of {repo_id!r}: {_line(error)}") from error
+    try:
+        return card.get("license") or (metadata_load(Path(folder, CARD)) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # no card, or one without readable metadata
+
+
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = getattr(error, "server_message", None) or str(error)  # the Hub's own words, if it answered
+    return (said.strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------- extending
@@ -178,9 +199,9 @@ def extended(published: Repository, name: str, new: Variant) -> Repository:
                 )
         schedules = {**old.config["schedules"], **new.config["schedules"]}
         config = {**new.config, "schedules": {nfe: schedules[nfe] for nfe in sorted(schedules, key=int)}}
-        # Pictures are of the smallest count.
+        # Pictures are of the smallest count, also where one of them could not be drawn.
         keep = min(map(int, old.config["schedules"])) < min(map(int, new.config["schedules"]))
-        pictures = {**new.pictures, **old.pictures} if keep else {**old.pictures, **new.pictures}
+        pictures = old.pictures if keep else new.pictures
         new = Variant(config, certificates.merged(old.certificate, new.certificate), pictures)
     return {**published, name: new}
 
@@ -218,12 +239,24 @@ def contents(repository: Repository, card: str) -> dict[str, bytes]:
     return files
 
 
-def write(files: dict[str, bytes], folder: str | Path) -> None:
-    """Write the files into a copy of the folder that then takes its place: all of them or none. Other files stay."""
+def outdated(before: Repository, files: dict[str, bytes]) -> list[str]:
+    """Paths of what a repository held of this program's own and is not written any more: pictures, renamed variants."""
+    paths = [
+        f"{name}/{file}" if name else file
+        for name, variant in before.items()
+        for file in (CONFIG, CERTIFICATE_NAME, *variant.pictures)
+    ]
+    return [path for path in paths if path not in files]
+
+
+def write(files: dict[str, bytes], folder: str | Path, gone: Sequence[str] = ()) -> None:
+    """Write the files into a copy of the folder, without those `gone`, that then takes its place: all of it or nothing.
+
+    Other files stay.
+    """
     folder = Path(folder)
-    new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)  # an earlier run ended between the two renamings below
+    _repair(folder)
+    new, old = _beside(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -233,12 +266,27 @@ def write(files: dict[str, bytes], folder: str | Path) -> None:
         for path, content in files.items():
             (new / path).parent.mkdir(parents=True, exist_ok=True)
             (new / path).write_bytes(content)
+        for path in gone:
+            (new / path).unlink(missing_ok=True)
+            if (new / path).parent != new and not any((new / path).parent.iterdir()):
+                (new / path).parent.rmdir()
         if folder.exists():
             os.rename(folder, old)
         os.rename(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where the new folder is made, and where the old one waits until it has taken its place."""
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+
+
+def _repair(folder: Path) -> None:
+    """Bring back a folder whose replacement was interrupted between the two renamings of [`write`]."""
+    if not folder.exists() and folder.name and _beside(folder)[1].exists():
+        os.rename(_beside(folder)[1], folder)
 
 
 def check_access(api: HfApi, repo_id: str | None) -> str:
@@ -257,7 +305,7 @@ def check_access(api: HfApi, repo_id: str | None) -> str:
         if error.response is not None and error.response.status_code == 401:
             raise ValueError("the Hub does not accept this token; make a new one, with write access") from error
         raise ValueError(f"cannot reach the Hub: {_line(error)}") from error
-    except UNREACHABLE as error:
+    except CLIENT_ERRORS as error:
         raise ValueError(f"cannot reach the Hub: {_line(error)}") from error
     if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise ValueError("this token may only read; make one with write access")
@@ -277,9 +325,19 @@ def check_access(api: HfApi, repo_id: str | None) -> str:
 
 
 def upload(
-    api: HfApi, repo_id: str, files: dict[str, bytes], parent: str | None, *, private: bool, message: str
+    api: HfApi,
+    repo_id: str,
+    files: dict[str, bytes],
+    parent: str | None,
+    *,
+    private: bool,
+    message: str,
+    gone: Sequence[str] = (),
 ) -> str:
     """Everything in one commit on top of `parent`, the commit that was read (None: there was no repository); returns its address.
+
+    Args:
+        gone: paths that `parent` has and the new commit has not.
 
     Raises:
         ValueError: if the repository has changed since, or the Hub refuses.
@@ -289,8 +347,10 @@ def upload(
             api.create_repo(repo_id, private=private or None, exist_ok=False)
             parent = api.model_info(repo_id).sha
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        operations += [CommitOperationDelete(path) for path in gone]
         return api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent).commit_url
-    except UNREACHABLE as error:
+    except CLIENT_ERRORS as error:
+        error = root_error(error)
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (409, 412):
             reason = "it was changed by somebody else meanwhile"

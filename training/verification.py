@@ -3,21 +3,23 @@
 
 import argparse
 import math
+import re
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from huggingface_hub import HfApi
 
 from ld3_diffusers import LD3Scheduler
-from ld3_diffusers.hub import CERTIFICATE_NAME
+from ld3_diffusers.hub import CERTIFICATE_NAME, CLIENT_ERRORS
 
 from . import certificate as certificates
+from . import certificate_form
 from .certification import measure, opened, pair_arguments, pairs_for
 from .comparison import Contender, best_by_name, paired_interval, unbeaten
 from .processes import on_main
-from .published import UNREACHABLE
 from .schedule_folder import CONFIG
 
 
@@ -31,21 +33,19 @@ def verify(args: argparse.Namespace, accelerator: Accelerator) -> bool:
     """Whether everything that the certificate says was found again."""
     folder = Path(on_main(lambda: str(fetched(args)), accelerator))
     try:
-        certificate = certificates.read(folder / CERTIFICATE_NAME)
+        certificate = certificate_form.read(folder / CERTIFICATE_NAME)
         scheduler = LD3Scheduler.from_pretrained(folder)
         certificates.check(certificate, scheduler.config.schedules or {})
     except ValueError as error:
         accelerator.print(f"NOT verified: {error}")
         return False
     facts = certificates.shared_facts(scheduler.config.schedules)
-    named = certificate["teacher"]["hub_id"] or certificate["base_model"]
-    teacher = args.pretrained_model_name_or_path or named
-    if teacher is None:
-        raise ValueError(
-            f"the teacher {certificate['teacher']['name']!r} is on no Hub that the certificate knows; give it with --teacher"
-        )
+    teacher = args.pretrained_model_name_or_path or named_teacher(certificate)
     revision = certificate["teacher"]["revision"] if teacher == certificate["teacher"]["hub_id"] else None
     tolerance = TOLERANCE.get(facts["dtype"], 0.0) if args.tolerance is None else args.tolerance
+    if args.pretrained_model_name_or_path is None:
+        at = f" at revision {revision}" if revision else ""
+        accelerator.print(f"the certificate names the teacher {teacher}{at}: it is downloaded from the Hub")
     accelerator.print(f"{args.verify}: teacher {teacher}, tolerance {tolerance:g} of the mean distance")
     failures = []
     with ExitStack() as stack:
@@ -66,6 +66,28 @@ def verify(args: argparse.Namespace, accelerator: Accelerator) -> bool:
     return not failures
 
 
+def named_teacher(certificate: dict[str, Any]) -> str:
+    """The Hub id of the teacher. A certificate may be anybody's, so it cannot name a folder of this machine.
+
+    Raises:
+        ValueError: if the certificate names none.
+    """
+    name = certificate["teacher"]["hub_id"] or certificate["base_model"]
+    if name is None:
+        raise ValueError(
+            f"the teacher {certificate['teacher']['name']!r} is on no Hub that the certificate knows; give it with --teacher"
+        )
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError(
+            f"the certificate's teacher {name!r} is no Hub id of the form owner/name; give it with --teacher"
+        )
+    if Path(name).exists():
+        raise ValueError(
+            f"the certificate means {name!r} on the Hub, and a folder here has that name; start elsewhere, or give --teacher"
+        )
+    return name
+
+
 def fetched(args: argparse.Namespace) -> Path:
     """The folder with config and certificate, downloaded if it is on the Hub.
 
@@ -81,7 +103,7 @@ def fetched(args: argparse.Namespace) -> Path:
             commit = api.model_info(args.verify, revision=args.revision).sha  # both files of one commit
             wanted = [prefix + name for name in (CONFIG, CERTIFICATE_NAME)]
             folder = Path(api.snapshot_download(args.verify, revision=commit, allow_patterns=wanted), prefix)
-        except (*UNREACHABLE, ValueError) as error:
+        except (*CLIENT_ERRORS, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"cannot read {args.verify!r}, neither a folder nor a repository: {reason}") from error
     for name in (CONFIG, CERTIFICATE_NAME):

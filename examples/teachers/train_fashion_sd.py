@@ -178,6 +178,8 @@ def save_whole(model, folder):
 def replace_pipeline(folder, write):
     """Let `write(copy)` change a copy of `folder`, then put it in its place: whole or not at all."""
     temporary, retired = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    if retired.exists() and not folder.exists():
+        retired.rename(folder)  # an earlier run ended between the two renamings below
     for leftover in (temporary, retired):
         shutil.rmtree(leftover, ignore_errors=True)
     if folder.exists():

@@ -11,13 +11,15 @@ from huggingface_hub import ModelCard
 
 from ld3_diffusers import LD3Scheduler, Schedule, SolverSpec
 from training import certificate as certificates
-from training import published
-from training.certificate import build, check, count_record, merged, read, settings, shared_facts, to_json, validate
+from training import certificate_form, published
+from training.certificate import build, check, count_record, merged, settings, shared_facts, to_json
+from training.certificate_form import read, validate
 from training.comparison import Contender, paired_interval
 from training.model_card import model_card
-from training.published import Variant, extended, place, restricted, union, write
+from training.published import Variant, contents, extended, outdated, place, restricted, union, write
 from training.published import read as read_repository
 from training.teacher_set import prompt_hash
+from training.verification import named_teacher
 
 
 TEACHER = {"name": "owner/teacher", "hub_id": "owner/teacher", "revision": None, "digest": "ab" * 16}
@@ -170,7 +172,7 @@ def test_a_file_that_is_none_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="certificate"):
             read(file)
     file.write_text(to_json(certificate_of(4)[0]))
-    monkeypatch.setattr(certificates, "LARGEST_FILE", 100)
+    monkeypatch.setattr(certificate_form, "LARGEST_FILE", 100)
     with pytest.raises(ValueError, match="more than"):
         read(file)
 
@@ -280,6 +282,9 @@ def test_counts_of_one_variant_come_together_and_new_ones_replace_old_ones():
     back = restricted(together, ["5", "6"])
     assert back.certificate["counts"] == new.certificate["counts"] and not back.pictures
     assert list(back.certificate["runs"]) == list(new.certificate["runs"])
+    new.pictures.clear()  # they could not be drawn: those of a larger count, or of another schedule, take no smaller one's place
+    assert not extended({"": variant_of(config_of(6))}, "", new)[""].pictures
+    assert not extended({"": variant_of(config_of(5))}, "", new)[""].pictures
     every = extended({"": old}, "", variant_of(config_of(4, 5), later))[""]
     assert len(every.certificate["runs"]) == 1  # the old run is not mentioned any more
 
@@ -326,9 +331,45 @@ def test_a_repository_is_written_whole_and_read_back(tmp_path, monkeypatch):
             write({"README.md": b"new"}, folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
+    folder.rename(tmp_path / ".published.old")  # as far as an interrupted run may have come
+    assert list(read_repository(folder)) == ["", "dpmpp"] and (folder / "notes.txt").exists()
+
     (folder / "certificate.json").unlink()
     with pytest.raises(ValueError, match="the root has no certificate.json.*another repository"):
         read_repository(folder)
+
+
+def test_what_is_not_written_any_more_goes_and_what_is_foreign_stays(tmp_path):
+    folder = tmp_path / "published"
+    before = {"": variant_of(config_of(4)), "dpmpp": variant_of(config_of(5, spec=SolverSpec("dpmpp")))}
+    before["o3"] = variant_of(config_of(5, spec=SolverSpec("unipc", 3, "bh2")))
+    write(contents(before, "card"), folder)
+    for name in ("notes.txt", "o3/notes.txt"):
+        (folder / name).write_text("mine")
+    after = {"": Variant(before["dpmpp"].config, before["dpmpp"].certificate), "unipc": before[""]}
+    files = contents(after, "card")
+    own = ["scheduler_config.json", "certificate.json", "samples.png"]
+    gone = outdated(before, files)
+    assert gone == ["samples.png", *(f"{name}/{file}" for name in ("dpmpp", "o3") for file in own)]
+    write(files, folder, gone)
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {*files, "notes.txt", "o3/notes.txt"} and not (folder / "dpmpp").exists()
+    again = read_repository(folder)
+    assert list(again) == ["", "unipc"] and not again[""].pictures and again["unipc"].pictures
+
+
+def test_a_certificate_names_no_folder_of_this_machine(tmp_path, monkeypatch):
+    certificate, _ = certificate_of(4)
+    monkeypatch.chdir(tmp_path)
+    assert named_teacher(certificate) == "owner/teacher"
+    for name in (str(tmp_path), "..", "../teacher", "./teacher", "teacher", "owner/teacher/unet", "", "~/teacher"):
+        with pytest.raises(ValueError, match="no Hub id of the form owner/name; give it with --teacher"):
+            named_teacher(changed(changed(certificate, "teacher", "hub_id", None), "base_model", name))
+    with pytest.raises(ValueError, match="is on no Hub that the certificate knows"):
+        named_teacher(changed(changed(certificate, "teacher", "hub_id", None), "base_model", None))
+    (tmp_path / "owner" / "teacher").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a folder here has that name"):
+        named_teacher(certificate)
 
 
 # ---------------------------------------------------------------------- the card

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
+from training.decoding import decode
 from training.objectives import Decoded, Huber, l1, l2, make_objective
 from training.stlpips import ShiftTolerantLPIPS, enlarge
 
@@ -29,6 +32,25 @@ def test_distances_are_what_they_say_for_each_sample():
 def test_l2_is_the_published_sum_over_the_size():
     end, target = random(2, 3, 8, 8, seed=1), random(2, 3, 8, 8, seed=2)
     torch.testing.assert_close(l2(end, target), ((end - target) ** 2).sum((1, 2, 3)) / (3 * 8**2))
+
+
+def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32_and_stays_as_it_is():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=[8], norm_num_groups=4, force_upcast=True).requires_grad_(False)
+    vae.post_quant_conv.weight.mul_(1e5 / vae.post_quant_conv.weight.abs().max())  # beyond the largest float16
+    vae.post_quant_conv.weight.clamp_(-6e4, 6e4)
+    half, pipe = vae.half(), SimpleNamespace(vae=vae)
+    latents = (3 * random(1, 4, 4, 4)).requires_grad_()
+    images = decode(pipe, latents)
+    images.square().sum().backward()
+    assert images.isfinite().all() and latents.grad.isfinite().all() and latents.grad.abs().max() > 0
+    assert {weight.dtype for weight in half.parameters()} == {torch.float16}
+    with torch.no_grad():
+        torch.testing.assert_close(decode(pipe, latents), images)
+        vae.register_to_config(force_upcast=False)
+        assert not decode(pipe, latents).isfinite().all()
+        vae.register_to_config(force_upcast=True)
+        torch.testing.assert_close(decode(SimpleNamespace(vae=vae.float()), latents), images)
 
 
 def test_huber_is_l2_for_close_pairs_and_l1_for_far_ones():

@@ -4,6 +4,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 
@@ -16,7 +17,8 @@ from ld3_diffusers.hub import find_schedules, list_variants
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_processes import on_two_processes
 from training import certification, make_teacher_set, publish, published, train_ld3
-from training.certificate import contenders, count_record, read, to_json
+from training.certificate import contenders, count_record, to_json
+from training.certificate_form import read
 from training.comparison import Comparison
 from training.teacher_set import TeacherSet, prompt_hash
 
@@ -122,6 +124,7 @@ def test_learn_certify_push_find_load_sample_verify(room, output, hub, capsys, m
     publish.main([*command.split(), "--num_samples", "4"])
     said = capsys.readouterr().out
     assert said.strip().endswith("verified") and "4 samples, largest deviation" in said
+    assert "the certificate names the teacher user/tiny-flux: it is downloaded from the Hub" in said
 
 
 def test_what_is_certified_is_what_was_measured(room, certified):
@@ -149,13 +152,46 @@ def test_what_is_certified_is_what_was_measured(room, certified):
     assert distances.tolist() == pytest.approx(stated, rel=1e-4)
 
 
-def test_nothing_private_is_published(room, output, hub, tmp_path):
+def test_nothing_private_is_published(room, hub, tmp_path, monkeypatch):
+    here = tmp_path / "my-secret-project"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    near = os.path.relpath(room)  # "../..": what is relative tells as much
     push = ["--push_to_hub", "--hub_model_id", "user/private", "--hub_token", hub.token, "--private"]
-    publish.main(arguments(room, output, *push))
+    push += [
+        "--schedules",
+        f"{near}/schedules",
+        "--prompts_file",
+        f"{near}/held_out.txt",
+        "--teacher",
+        f"{near}/teacher",
+    ]
+    publish.main(arguments(room, tmp_path / "out", *push, "--dataset_name=", "--variant="))
     assert hub.repos["user/private"].private
     for content in hub.files("user/private").values():
-        for secret in (hub.token, str(room), str(tmp_path)):
+        for secret in (hub.token, str(room), room.name, str(tmp_path), here.name):
             assert secret.encode() not in content
+    (run,) = read(tmp_path / "out" / "certificate.json")["runs"].values()
+    shown = {"schedules": "schedules", "prompts_file": "held_out.txt", "pretrained_model_name_or_path": "teacher"}
+    assert shown.items() <= run["arguments"].items() and not {"dataset_name", "variant"} & set(run["arguments"])
+
+    # only what is a path is taken for one
+    for name in ("fp16", "captions"):
+        (here / name).mkdir()
+    (here / "main").symlink_to(here)
+    given = [
+        "--revision",
+        "main",
+        "--variant",
+        "fp16",
+        "--dataset_name",
+        str(here / "captions"),
+        "--teacher",
+        "owner/name",
+    ]
+    shown = publish.recorded(publish.parser().parse_args(given))
+    named = {name: shown[name] for name in ("revision", "variant", "dataset_name", "pretrained_model_name_or_path")}
+    assert list(named.values()) == ["main", "fp16", "captions", "owner/name"]
 
 
 def test_a_count_that_does_not_win_is_refused_with_the_numbers(room, tmp_path):
@@ -222,7 +258,8 @@ def test_another_teacher_is_refused(room, tmp_path):
     with torch.no_grad():
         next(pipe.transformer.parameters()).add_(0.1)
     pipe.save_pretrained(tmp_path / "other")
-    assert "is another teacher" in refusal(arguments(room, tmp_path / "out", "--teacher", str(tmp_path / "other")))
+    said = refusal(arguments(room, tmp_path / "out", "--teacher", str(tmp_path / "other")))
+    assert "is another teacher" in said and "--variant" in said
 
 
 def test_another_prediction_type_is_refused(room, tmp_path):
@@ -281,7 +318,7 @@ def test_an_interrupted_certification_continues_to_the_same_certificate(room, ce
             publish.main(again)
     assert not (tmp_path / "out").exists() and measured == ["learned", "FlowMatchEuler"]
     with monkeypatch.context() as patch:
-        patch.setattr(make_teacher_set, "encode_and_sample", never)
+        patch.setattr(certification, "encode_and_sample", never)
         patch.setattr(
             Comparison, "measure", lambda self, c, *a, **o: (measured.append(c.name), real(self, c, *a, **o))
         )
@@ -291,6 +328,24 @@ def test_an_interrupted_certification_continues_to_the_same_certificate(room, ce
         read(tmp_path / "out" / "certificate.json")["counts"]["5"]["learned"]
         == (read(certified / "certificate.json")["counts"]["5"]["learned"])
     )
+
+
+def test_what_cannot_be_drawn_is_left_out(room, tmp_path, monkeypatch, capsys):
+    batches = []
+
+    def decode(self, latents):
+        batches.append(len(latents))
+        if len(batches) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return latents.new_zeros(len(latents), 3, 8, 8)
+
+    monkeypatch.setattr(Comparison, "decode", decode)
+    publish.main(arguments(room, tmp_path / "out"))
+    assert batches == [1, 1, 1, 1]
+    assert "samples.png is left out, it cannot be drawn: CUDA out of memory.\n" in capsys.readouterr().out
+    (variant,) = published.read(tmp_path / "out").values()
+    assert list(variant.pictures) == ["schedules.png"]
+    assert "samples.png" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -325,12 +380,13 @@ def test_access_is_checked_before_anything_is_certified(room, hub, tmp_path, mon
     assert "cannot reach the Hub" in push("user/new", hub.token)
 
 
-def test_an_interrupted_upload_leaves_nothing_and_is_repeated_cheaply(room, output, hub, monkeypatch):
+@pytest.mark.parametrize("broken", ["PUT /lfs", "/commit/"])
+def test_an_interrupted_upload_leaves_nothing_and_is_repeated_cheaply(broken, room, output, hub, monkeypatch):
     push = arguments(room, output, "--push_to_hub", "--hub_model_id", "user/new", "--hub_token", hub.token)
     monkeypatch.setattr(publish, "certify", never)
-    hub.fail_next("/commit/")
+    hub.fail_next(broken)
     said = refusal(push)
-    assert "nothing was uploaded to 'user/new'" in said and "run the same command again" in said
+    assert "nothing was uploaded to 'user/new': this failure was asked for; run the same command again" in said
     assert list(hub.files("user/new")) == [".gitattributes"]
     publish.main(push)
     assert hub.files("user/new")["certificate.json"] == (output / "certificate.json").read_bytes()
@@ -359,6 +415,38 @@ def test_a_change_by_somebody_else_is_not_overwritten(room, output, hub, monkeyp
     publish.main([*push, "--license", "mit"])
     after = hub.files("user/shared")
     assert after["notes.txt"] == notes[-1] and b"license: mit" in after["README.md"]
+
+
+def test_a_license_stays_until_another_is_given(room, output, hub, monkeypatch):
+    monkeypatch.setattr(publish, "certify", never)
+    push = ["--push_to_hub", "--hub_model_id", "user/licensed", "--hub_token", hub.token]
+    for given, stated in (
+        ([], "apache-2.0"),
+        (["--license", "mit"], "mit"),
+        ([], "mit"),  # of the folder
+        (push, "mit"),
+        (["--license", "openrail"], "openrail"),
+        (push, "mit"),  # of the Hub, where others may have changed it
+    ):
+        publish.main(arguments(room, output, *given))
+        assert f"\nlicense: {stated}\n" in (output / "README.md").read_text()
+    assert b"\nlicense: mit\n" in hub.files("user/licensed")["README.md"]
+
+
+def test_a_picture_that_is_not_of_the_schedules_any_more_goes_from_the_hub(room, output, hub, monkeypatch):
+    push = arguments(room, output, "--push_to_hub", "--hub_model_id", "user/pictures", "--hub_token", hub.token)
+    publish.main(push)
+    api = HfApi(token=hub.token)
+    api.upload_file(path_or_fileobj=b"theirs", path_in_repo="notes.png", repo_id="user/pictures")
+    before = hub.files("user/pictures")
+    (variant,) = published.read(output).values()
+    anew = published.Variant(variant.config, variant.certificate, {"schedules.png": b"new"})
+    monkeypatch.setattr(publish, "certified_already", lambda *_: anew)
+    publish.main(push)
+    after = hub.files("user/pictures")
+    assert set(before) - set(after) == {"samples.png"} and after["notes.png"] == b"theirs"
+    assert not (output / "samples.png").exists() and b"samples.png" not in after["README.md"]
+    assert len(hub.repos["user/pictures"].commits) == 4  # the new repository, ours, theirs, ours: one commit each
 
 
 def test_more_counts_and_variants_join_one_repository(room, output, hub, tmp_path, monkeypatch):

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: what a file with sections says to which program, and that every shipped one fits the programs' arguments."""
 
-import importlib
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from ld3_diffusers import SolverSpec
-from training import learning_arguments, make_teacher_set
+from training import learning_arguments, make_teacher_set, publish
 from training.arguments import SECTIONS, parse, read_recipe
 from training.call_settings import check_call_arguments
 
@@ -17,9 +15,11 @@ RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.ya
 FLAT = [path for path in RECIPES if path.name.startswith("published-")]
 SECTIONED = [path for path in RECIPES if path not in FLAT]
 REAL = [path for path in SECTIONED if not path.name.startswith("fashion-")]
-PARSERS = {"make_teacher_set": make_teacher_set.parser, "train_ld3": learning_arguments.parser}
-if importlib.util.find_spec("training.publish") is not None:
-    PARSERS["publish"] = importlib.import_module("training.publish").parser
+PARSERS = {
+    "make_teacher_set": make_teacher_set.parser,
+    "train_ld3": learning_arguments.parser,
+    "publish": publish.parser,
+}
 
 
 def name_of(path):
