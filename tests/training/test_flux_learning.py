@@ -22,7 +22,9 @@ def embedded(rollout, schedule, noise, conditioning):
     with torch.no_grad():
         rollout(schedule, noise, conditioning)
     hook.remove()
-    return torch.tensor(seen[:: len(seen) // schedule.nfe], dtype=torch.float64)  # the guidance scale is embedded second
+    return torch.tensor(
+        seen[:: len(seen) // schedule.nfe], dtype=torch.float64
+    )  # the guidance scale is embedded second
 
 
 def test_rounded_network_times_are_what_the_network_embeds():
