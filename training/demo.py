@@ -112,20 +112,15 @@ def learn(args, recipe: str, *more: str) -> Path:
     options = PUBLISHED
     if recipe == "default":
         options = ["--train_batch_size", "16", "--max_train_steps", str(args.max_train_steps)]
+    guidance_scale = TeacherSet.load(sets / "train").call_settings["guidance_scale"]
     train_ld3.main(
         ["--teacher", args.teacher, "--teacher_set", str(sets / "train"), "--validation_set", str(sets / "valid")]
-        + ["--nfe", *map(str, args.nfe), "--solver", args.solver]
-        + ["--solver_order", str(solver_of(args).order)]
-        + [
-            "--recipe",
-            recipe,
-            "--guidance_scale",
-            str(TeacherSet.load(sets / "train").call_settings["guidance_scale"]),
-        ]
+        + ["--nfe", *map(str, args.nfe), "--solver", args.solver, "--solver_order", str(solver_of(args).order)]
+        + ["--recipe", recipe, "--guidance_scale", str(guidance_scale)]
         + ["--num_train", str(args.num_train), "--num_valid", str(args.num_valid)]
-        + ["--seed", str(args.seed), "--output_dir", str(folder)]
-        + ["--checkpointing_steps", "25", "--checkpoints_total_limit", "1"]
-        + ["--resume_from_checkpoint", "latest", "--report_to", "none", "--allow_worse", *options, *more]
+        + ["--seed", str(args.seed), "--output_dir", str(folder), "--report_to", "none", "--allow_worse"]
+        + ["--checkpointing_steps", "25", "--checkpoints_total_limit", "1", "--resume_from_checkpoint", "latest"]
+        + [*options, *more]
     )
     return folder
 
