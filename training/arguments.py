@@ -10,7 +10,10 @@ from pathlib import Path
 import yaml
 
 
-SECTIONS = ("make_teacher_set", "train_ld3", "publish")  # the programs, by their parsers' names
+SECTIONS = (
+    *("make_teacher_set", "search_gits", "search_oss", "train_ld3", "publish"),
+    *("sample", "evaluate", "make_reference"),
+)  # the programs, by their parsers' names
 COMMON, ABOUT = "common", "about"
 
 

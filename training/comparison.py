@@ -149,14 +149,10 @@ class Comparison(PipelineRollout):
         A stock scheduler's step takes one evaluation, Heun's too; calls of the network would count guidance twice where a
         pipeline calls it twice.
         """
-        arguments = self._arguments(conditioning, len(noise))
-        if self.moves_noise:
-            arguments["latents"] = noise.to(self.device, self._starting_state(conditioning)[1])
-        else:
-            arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in noise]
+        arguments = self._starting_arguments(noise, conditioning)
         last, steps = noise, 0
 
-        def on_step(_state: Tensor, result: Tensor) -> None:
+        def on_step(_state: Tensor, _output: Tensor, result: Tensor) -> None:
             nonlocal last, steps
             last, steps = result, steps + 1
 

@@ -178,7 +178,7 @@ class PipelineRollout:
     # ------------------------------------------------------------------ running the pipeline
 
     def _run(self, nfe: int, arguments: dict[str, Any], on_step: Callable | None = None) -> None:
-        """Call the pipeline unwrapped, quietly; `on_step(state, result)` ends the run by raising [`_EndReached`]."""
+        """Call the pipeline unwrapped, quietly; see [`_observed`] for `on_step`, which ends the run by raising [`_EndReached`]."""
         pipe, arguments = (
             self.pipe,
             {**self.call_kwargs, **arguments, "num_inference_steps": nfe, "output_type": "latent"},
@@ -210,44 +210,66 @@ class PipelineRollout:
         Raises:
             ValueError: if the pipeline takes another number of steps, or never calls its network.
         """
-        batch = len(noise)
-        conditioning = self._embeddings if conditioning is None else conditioning
-        arguments = self._arguments(conditioning, batch)
-        if self.moves_noise:
-            _, dtype = self._starting_state(conditioning)
-            arguments["latents"] = noise.to(self.device, dtype)
-        else:
-            if noise.ndim != 1 or noise.is_floating_point():
-                raise ValueError(
-                    f"{type(self.pipe).__name__} draws its own noise; pass a LongTensor with one seed a sample"
-                )
-            arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in noise]
-        nfe = self._use(schedule)
-
-        calls = Calls(self.evaluations, batch)
         results: list[Tensor] = []
+        nfe = schedule if isinstance(schedule, int) else schedule.nfe
         taken = 0
 
-        def on_step(_state: Tensor, result: Tensor) -> None:
+        def on_step(_state: Tensor, _output: Tensor, result: Tensor) -> None:
             nonlocal taken
             taken += 1
             if taken == nfe:
                 results.append(result)
                 raise _EndReached
 
-        with instrumented(self.pipe, calls, self.checkpointing):
-            self._run(nfe, arguments, on_step)
+        self._follow(schedule, noise, conditioning, on_step)
         if not results:
             raise ValueError(
                 f"{type(self.pipe).__name__} took {taken} steps of {nfe}; it does not follow its scheduler's timesteps"
             )
+        # DiT carries guidance's doubled batch through its scheduler; the halves are equal.
+        return results[0][: len(noise)]
+
+    @torch.no_grad()
+    def visit(self, schedule: Schedule, noise: Tensor, conditioning: Conditioning | None, at_step: Callable) -> None:
+        """Run a schedule and hand each evaluation to `at_step(i, state, output, result)`; nothing is differentiated.
+
+        Args:
+            at_step: gets the index of the row, the state that the network saw, what it returned (guided, in the prediction type)
+                and the state that the row makes of these, each (batch, ...). A state that it returns takes the place of that
+                result, so that the next evaluation is made there.
+
+        Raises:
+            ValueError: as a call.
+        """
+        batch, taken = len(noise), 0
+
+        def on_step(state: Tensor, output: Tensor, result: Tensor) -> Tensor | None:
+            nonlocal taken
+            other = at_step(taken, state[:batch], output[:batch], result[:batch])
+            taken += 1
+            if taken == schedule.nfe:
+                raise _EndReached
+            if other is None:
+                return None
+            return other.to(result).repeat(len(result) // batch, *[1] * (result.ndim - 1))
+
+        self._follow(schedule, noise, conditioning, on_step)
+        if taken < schedule.nfe:
+            raise ValueError(
+                f"{type(self.pipe).__name__} took {taken} steps of {schedule.nfe}; it does not follow its scheduler's timesteps"
+            )
+
+    def _follow(self, schedule: Schedule | int, noise: Tensor, conditioning: Conditioning | None, on_step) -> None:
+        """Run the pipeline on a schedule and count the evaluations."""
+        arguments = self._starting_arguments(noise, conditioning)
+        nfe, calls = self._use(schedule), Calls(self.evaluations, len(noise))
+        with instrumented(self.pipe, calls, self.checkpointing):
+            self._run(nfe, arguments, on_step)
         if not calls.forward:
             raise ValueError(
                 "the pipeline's networks were never called through `forward`; load it without torch.compile"
             )
         calls.finish(nfe)
-        # DiT carries guidance's doubled batch through its scheduler; the halves are equal.
-        return results[0][:batch]
 
     def _use(self, schedule: Schedule | int) -> int:
         learned = None if isinstance(schedule, int) else schedule
@@ -257,6 +279,20 @@ class PipelineRollout:
             # Some pipelines scale their starting noise before they set the timesteps.
             self.scheduler.set_timesteps(nfe, device=self.device)
         return nfe
+
+    def _starting_arguments(self, noise: Tensor, conditioning: Conditioning | None) -> dict[str, Any]:
+        """Arguments of the pipeline's call for a batch of starting noises, or of seeds where it draws its own."""
+        conditioning = self._embeddings if conditioning is None else conditioning
+        arguments = self._arguments(conditioning, len(noise))
+        if self.moves_noise:
+            arguments["latents"] = noise.to(self.device, self._starting_state(conditioning)[1])
+        elif noise.ndim != 1 or noise.is_floating_point():
+            raise ValueError(
+                f"{type(self.pipe).__name__} draws its own noise; pass a LongTensor with one seed a sample"
+            )
+        else:
+            arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in noise]
+        return arguments
 
     def _arguments(self, conditioning: Conditioning, batch: int) -> dict[str, Any]:
         arguments = dict(expanded(conditioning, batch, self.device))
@@ -344,7 +380,7 @@ class PipelineRollout:
             if "generator" in self.parameters:
                 arguments["generator"] = [torch.Generator().manual_seed(0) for _ in range(batch)]
 
-            def on_step(state: Tensor, _result: Tensor) -> None:
+            def on_step(state: Tensor, _output: Tensor, _result: Tensor) -> None:
                 self._start = tuple(state.shape[1:]), state.dtype
                 raise _EndReached
 
@@ -412,13 +448,16 @@ class PipelineRollout:
 
 
 def _observed(step: Callable, on_step: Callable) -> Callable:
-    """`step` with `on_step(state before, state after)` called after it."""
+    """`step` with `on_step(state before, output, state after)` called after it, whose return replaces the state unless None."""
     signature = inspect.signature(step)
 
     def observed(*args, **kwargs):
         result = step(*args, **kwargs)
-        on_step(signature.bind(*args, **kwargs).arguments["sample"], result[0])
-        return result
+        given = signature.bind(*args, **kwargs).arguments
+        other = on_step(given["sample"], next(iter(given.values())), result[0])
+        if other is None:
+            return result
+        return (other,) if isinstance(result, tuple) else type(result)(prev_sample=other)
 
     observed.__signature__ = signature  # pipelines ask it for eta and generator
     return observed

@@ -73,7 +73,8 @@ def test_pipelines_that_draw_their_own_noise_are_driven_by_seeds(name):
             "generator": torch.Generator().manual_seed(seed),
         }
         teacher = torch.as_tensor(pipe(**call).images)
-        assert torch.allclose(images[i : i + 1], teacher, atol=1e-5)
+        # a batch of two rounds otherwise than one sample, by 2e-5 on some processors; another seed is another image
+        assert torch.allclose(images[i : i + 1], teacher, atol=1e-4)
     with pytest.raises(ValueError, match="LongTensor"):
         rollout(schedule, torch.randn(2, 3, 16, 16), conditioning)
 
@@ -234,3 +235,30 @@ def test_names_everything_when_the_pipeline_cuts_the_graph():
     )
     with pytest.raises(ValueError, match=r"times\[1\], times\[2\], network_times\[1\], network_times\[2\]"):
         check_gradients(rollout, schedule_for(rollout), noise_for(rollout, conditioning), conditioning)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "dit"])
+def test_visits_every_evaluation_and_may_move_the_state(name):
+    rollout, _ = make(name)
+    conditioning = rollout.encode()
+    schedule, noise = schedule_for(rollout), noise_for(rollout, conditioning, 2)
+    seen = []
+    rollout.visit(schedule, noise, conditioning, lambda *step: seen.append(step))
+    assert [step[0] for step in seen] == [0, 1, 2]
+    assert all(len(value) == 2 for step in seen for value in step[1:])
+    with torch.no_grad():
+        assert torch.equal(seen[-1][3], rollout(schedule, noise, conditioning))
+    table = schedule.table(rollout.path, mu=rollout.mu)
+    _, state, output, result = seen[0]
+    prediction = table.p[0] * state.double() + table.q[0] * output.double()
+    assert close(result.double(), table.state[0] * state.double() + table.history[0, 0] * prediction)
+
+    moved = []
+
+    def elsewhere(i, state, output, result):
+        moved.append((state, output))
+        return 0.5 * result
+
+    rollout.visit(schedule, noise, conditioning, elsewhere)
+    assert torch.equal(moved[0][0], seen[0][1]) and close(moved[1][0], 0.5 * seen[0][3])
+    assert not torch.equal(moved[1][1], seen[1][2])
