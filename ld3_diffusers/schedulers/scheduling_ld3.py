@@ -175,6 +175,16 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         """Numbers of evaluations with a learned schedule."""
         return sorted(self._schedules)
 
+    @property
+    def learned_schedules(self) -> dict[int, Schedule]:
+        """The learned schedules by number of evaluations."""
+        return dict(self._schedules)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule of the last `set_timesteps`, learned or not; None before."""
+        return None if self._table is None else self._schedule
+
     def use_schedule(self, schedule: Schedule | None, told: Callable[[Tensor], Tensor] | None = None) -> None:
         """Serve `schedule`, whose times may require grad, in place of the config's; None goes back to the config.
 

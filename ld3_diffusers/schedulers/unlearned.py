@@ -6,7 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from ..discretization import append_zero, discretization, stock_times
+from ..discretization import append_zero, discretization, discretization_to_zero, stock_times
 from ..noise_path import NoisePath, float64, shift_flow_time
 from ..schedule import Schedule, SolverSpec
 from .pipeline_defaults import default_grid
@@ -81,10 +81,10 @@ def unlearned_schedule(
         timesteps, sigmas = (_resized(grid, nfe, steps, spec.solver) for grid in (timesteps, sigmas))
 
     if timesteps is None and sigmas is None and config["discretization"] is not None:
-        levels = discretization(config["discretization"], path, steps - to_zero, rho=config["rho"])
+        named = discretization_to_zero if to_zero else discretization
+        grid, network_times = named(config["discretization"], path, steps, rho=config["rho"]), None
         if path.kind == "flow":
-            levels = shift_flow_time(levels, logit_shift(config, mu))
-        grid, network_times = (append_zero(levels) if to_zero else levels), None
+            grid = shift_flow_time(grid, logit_shift(config, mu))
     elif path.kind == "flow" and (sigmas is not None or timesteps is None):
         grid, network_times = _stock_grid(config, path, solver, steps, mu, sigmas)
         if timesteps is not None:
