@@ -28,8 +28,8 @@ test-main: .venv/.installed ## the whole suite
 test-oldest: .venv-oldest/.installed ## schedulers and solvers with the oldest supported Diffusers
 	.venv-oldest/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
 
-test-lpips: .venv-lpips/.installed ## the LPIPS objective, where lpips and torchvision are installed
-	.venv-lpips/bin/python -m pytest tests/training/test_lpips.py
+test-lpips: .venv-lpips/.installed ## LPIPS and Inception features, where lpips, torch-fidelity and torchvision are installed
+	.venv-lpips/bin/python -m pytest tests/training/test_lpips.py tests/training/test_inception.py
 
 check: .venv/.installed ## lint and format, changing nothing
 	.venv/bin/python -m ruff check .
@@ -63,7 +63,7 @@ benchmark: .venv/.installed ## what a step costs beside stock schedulers
 
 .venv-lpips/.installed: .venv/.installed Makefile
 	$(call beside,.venv-lpips)
-	$(PIP) --python .venv-lpips/bin/python install --quiet --no-deps -c constraints.txt lpips torchvision
+	$(PIP) --python .venv-lpips/bin/python install --quiet --no-deps -c constraints.txt lpips torch-fidelity torchvision
 	@touch $@
 
 purelib = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure how good the samples of a small teacher are.
 
-    python examples/teachers/check_teacher.py --pipeline_dir examples/teachers/fashion-sd --output_dir work/check
+    PYTHONPATH=. python examples/teachers/check_teacher.py --pipeline_dir examples/teachers/fashion-sd --output_dir work/check
 
 Samples every class through the pipeline, asks the classifier in `reference/` what it sees, compares its accuracy with the
 one on real test images, measures the Frechet distance of its features to those of the real training images, and draws
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
-from fashion_classifier import FashionClassifier, classify, frechet_distance, mean_and_covariance
-from fashion_mnist import IMAGE_SIZE
+from fashion_classifier import FashionClassifier, FeaturesOfImages
 from PIL import Image
-from safetensors.torch import load_file
-from torch.nn import functional as F
+
+from training.frechet import Moments, frechet_distance
+from training.references import load_reference
 
 
 REFERENCE_DIR = Path(__file__).parent / "reference"
@@ -119,13 +119,14 @@ def main():
     since = time.time()
     images = sample(pipeline, prompts, args)
     seconds = time.time() - since
-    # Rounded to 8 bits, as the real images are.
-    gray = (images.mean(1, keepdim=True) * 255).round() / 127.5 - 1
-    if gray.shape[-1] != IMAGE_SIZE:
-        gray = F.interpolate(gray, size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
-    predicted, features = classify(FashionClassifier.from_pretrained(reference_dir), gray)
-    statistics = load_file(reference_dir / "statistics.safetensors")
-    distance = frechet_distance(*mean_and_covariance(features), statistics["mean"], statistics["covariance"])
+    network = FeaturesOfImages(FashionClassifier.from_pretrained(reference_dir)).eval()
+    with torch.no_grad():
+        features = torch.cat(
+            [network.classifier.features(batch) for batch in network.prepare(images * 255).split(500)]
+        )
+        predicted = network.classifier.head(features).argmax(1)
+    statistics = load_reference(reference_dir / "statistics.npz")
+    distance = frechet_distance(Moments.of([features]), statistics.moments)
     right = predicted == labels
 
     per_class = {}

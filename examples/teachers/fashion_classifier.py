@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small classifier of Fashion-MNIST, the judge of the teachers' samples, and the program that trains it.
 
-    python examples/teachers/fashion_classifier.py --output_dir examples/teachers/reference
+    PYTHONPATH=. python examples/teachers/fashion_classifier.py --output_dir examples/teachers/reference
 
-It never sees a generated image. Besides the class it gives the features (the last layer but one) between which
-`frechet_distance` is measured; the mean and covariance of the real training images' features are stored with it.
+It never sees a generated image. Besides the class it gives the features (the last layer but one) between which the Frechet
+distance is measured; the mean and covariance of the real training images' features, and some of these, are stored with it as
+`statistics.npz`. Programs use it as the feature network `examples/teachers/fashion_classifier.py:features_of_images`.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from fashion_mnist import CLASSES, DATA_DIR, load_fashion_mnist
+from fashion_mnist import CLASSES, DATA_DIR, IMAGE_SIZE, load_fashion_mnist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +21,8 @@ from tqdm.auto import tqdm
 
 
 FEATURES = 96
+REFERENCE_DIR = Path(__file__).parent / "reference"
+STORED_FEATURES = 2000  # of training images, for metrics that compare samples and not moments
 
 
 class FashionClassifier(nn.Module):
@@ -55,22 +58,37 @@ def classify(model, images, batch_size=500):
     return model.head(features).argmax(1), features
 
 
-def mean_and_covariance(features):
-    """Mean `(d,)` and covariance `(d, d)` in float64."""
-    features = features.double()
-    return features.mean(0), torch.cov(features.T)
+class FeaturesOfImages(nn.Module):
+    """uint8 RGB images `(n, 3, height, width)` to features `(n, 96)`; `logits` gives the class outputs `(n, 10)`."""
+
+    dim = FEATURES
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+        self.record = {
+            "network": "classifier of Fashion-MNIST, 96 features",
+            "preprocessing": f"grey as mean of the channels, area resize to {IMAGE_SIZE} x {IMAGE_SIZE}, x / 127.5 - 1",
+        }
+
+    @staticmethod
+    def prepare(images):
+        """Grey images `(n, 1, 32, 32)` in [-1, 1], rounded to 8 bits as the real ones are."""
+        grey = images.float().mean(1, keepdim=True).round()
+        if grey.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
+            grey = F.interpolate(grey, size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
+        return grey / 127.5 - 1
+
+    def forward(self, images):
+        return self.classifier.features(self.prepare(images))
+
+    def logits(self, images):
+        return self.classifier(self.prepare(images))
 
 
-def frechet_distance(mean_1, cov_1, mean_2, cov_2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017 (arXiv 1706.08500).
-
-    The trace of the root is taken from the symmetric product C1^(1/2) C2 C1^(1/2), which has the same eigenvalues as
-    C1 C2 and none that are negative but by rounding.
-    """
-    values, vectors = torch.linalg.eigh(cov_1)
-    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    trace_root = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * trace_root).item()
+def features_of_images():
+    """The shipped classifier as a feature network of `training`."""
+    return FeaturesOfImages(FashionClassifier.from_pretrained(REFERENCE_DIR)).eval()
 
 
 def train(images, labels, args):
@@ -97,7 +115,25 @@ def train(images, labels, args):
     return model.eval()
 
 
+def reference_of(model, images):
+    """What `statistics.npz` holds: a reference for `training.evaluate`."""
+    from training.features import weights_digest
+    from training.frechet import Moments
+    from training.references import Reference
+
+    features = classify(model, images)[1]
+    network = FeaturesOfImages(model)
+    record = {**network.record, "digest": weights_digest(network), "dim": FEATURES}
+    # Evenly spread over the images, which come in no order of classes.
+    some = features[:: len(features) // STORED_FEATURES][:STORED_FEATURES]
+    source = {"images": "Fashion-MNIST, training images padded to 32 x 32"}
+    return Reference(Moments.of([features]), record, len(images), source, some)
+
+
 def main():
+    # Here, because as a feature network this file is imported without it.
+    from training.frechet import Moments, frechet_distance
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", default=DATA_DIR)
     parser.add_argument("--output_dir", required=True)
@@ -118,8 +154,8 @@ def main():
     # Everything below is measured with the rounded weights, since these are the ones that will be used.
     model = FashionClassifier.from_pretrained(folder)
     predicted, test_features = classify(model, test_images)
-    mean, cov = mean_and_covariance(classify(model, images)[1])
-    save_file({"mean": mean, "covariance": cov}, folder / "statistics.safetensors")
+    statistics = reference_of(model, images)
+    statistics.save(folder / "statistics.npz")
     right = predicted == test_labels
     record = {
         "data_set": "Fashion-MNIST, padded to 32x32, gray, [-1, 1]",
@@ -132,7 +168,7 @@ def main():
         "feature_layer": "mean over pixels of the last convolution, after its ReLU",
         "feature_dim": FEATURES,
         "statistics_images": len(images),
-        "frechet_distance_of_test_images": frechet_distance(mean, cov, *mean_and_covariance(test_features)),
+        "frechet_distance_of_test_images": frechet_distance(Moments.of([test_features]), statistics.moments),
     }
     (folder / "reference.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
