@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ld3_diffusers.discretization import DISCRETIZATIONS, append_zero, discretization, stock_times
+from ld3_diffusers.discretization import DISCRETIZATIONS, discretization, discretization_to_zero, stock_times
 from ld3_diffusers.noise_path import NoisePath
 from ld3_diffusers.schedule import Schedule, SolverSpec
 
@@ -18,10 +18,10 @@ from .learner import Problem
 
 VP_GRIDS = ("logsnr", "time_uniform", "time_quadratic", "polynomial", "edm")
 GRIDS = {
-    "vp_discrete": VP_GRIDS,
+    "vp_discrete": (*VP_GRIDS, "ays"),
     "vp_linear": VP_GRIDS,
     "vp_cosine": VP_GRIDS,
-    "ve": ("logsnr", "polynomial"),
+    "ve": ("logsnr", "polynomial", "ays"),
     "flow": ("time_uniform", "flow_linear", "time_quadratic", "edm"),
 }
 STOCK = ("stock", "stock_karras", "stock_exponential")
@@ -75,27 +75,29 @@ def grid_schedule(
         # Stock's rounding may repeat or exceed a level; the network is told the levels' own times there.
         times = torch.cat([times[:-1].clamp(max=path.t_max), times[-1:]])
     else:
-        times = _named(name, path, steps, to_zero)
+        times = named_grid(name, path, steps, to_zero)
     if solver.stages > 1:
         times, network_times = solver.expand_to(path, times, rows), None
     return Schedule(times, network_times, spec, path.kind, prediction_type, final=final)
 
 
-def _named(name: str, path: NoisePath, steps: int, to_zero: bool) -> Tensor:
+def named_grid(name: str, path: NoisePath, steps: int, to_zero: bool, rho: float | None = None) -> Tensor:
+    """(steps + 1,) times of a discretization, perhaps with the suffix "_before_zero"; `rho` for those that have one.
+
+    Raises:
+        ValueError: as [`grid_schedule`].
+    """
     base = name.removesuffix(BEFORE_ZERO)
     if base not in DISCRETIZATIONS:
         known = ", ".join([*DISCRETIZATIONS, *STOCK])
         raise ValueError(f"unknown discretization {name!r}; use one of {known}, or the folder of a saved schedule")
     options = {"poly": {"rho": 3.0}, "flow_linear": {"shift": 3.0}}.get(base, {})
+    options = options if rho is None else {**options, "rho": rho}
     if not to_zero:
         if name != base:
             raise ValueError(f"{name!r} ends in clean data; use {base!r}, or final_sigmas_type='zero'")
         return discretization(base, path, steps, **options)
-    if name != base:
-        if steps < 2:
-            raise ValueError(f"{name!r} needs at least two steps; use {base!r}")
-        return append_zero(discretization(base, path, steps - 1, **options))
-    return append_zero(discretization(base, path, steps, **options)[:-1])
+    return discretization_to_zero(base, path, steps, before_zero=name != base, **options)
 
 
 def candidates(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of `train_ld3`, and the recipe that they add up to."""
+"""Arguments of `train_ld3`, and the recipe that they add up to. Searches share those of teacher, pairs and schedule."""
 
 import argparse
 
+from ld3_diffusers import SolverSpec
 from ld3_diffusers.solvers import SOLVERS, VARIANTS
 
 from .call_settings import add_call_arguments, check_call_arguments
@@ -55,26 +56,28 @@ RECIPE_FLAGS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("train_ld3", description="Learn a schedule for a pipeline; see training/README.md.")
+def add_teacher_arguments(p: argparse.ArgumentParser):
+    """The teacher; returns the group."""
     model = p.add_argument_group("teacher")
     model.add_argument("--pretrained_model_name_or_path", "--teacher", required=True, help="pipeline folder or Hub id")
     model.add_argument("--revision", help="branch, tag or commit on the Hub")
     model.add_argument("--variant", help="variant of the weight files, such as fp16")
     model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the pipeline")
-    model.add_argument(
-        "--gradient_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute the network block by block: less memory, more time",
-    )
+    return model
 
+
+def add_pair_arguments(
+    p: argparse.ArgumentParser,
+    train: tuple[str, ...] = ("--num_train",),
+    about_train: str = "training pairs (default: all that are not held out)",
+) -> None:
+    """The pairs, found or made here; `train` are the names of the argument that counts those for training."""
     pairs = p.add_argument_group("pairs")
     pairs.add_argument(
         "--teacher_set", help="folder made by make_teacher_set; default: one is made in the output folder"
     )
     pairs.add_argument("--validation_set", help="another such folder; default: the end of the teacher set is held out")
-    pairs.add_argument("--num_train", type=int, help="training pairs (default: all that are not held out)")
+    pairs.add_argument(*train, dest="num_train", type=int, help=about_train)
     pairs.add_argument("--num_valid", type=int, help="validation pairs (default: the validation set, or a third)")
 
     made = p.add_argument_group("pairs made here", "without --teacher_set: what make_teacher_set is to do")
@@ -82,15 +85,22 @@ def parser() -> argparse.ArgumentParser:
     add_prompt_arguments(made)
     add_call_arguments(made)
 
+
+def add_schedule_arguments(p: argparse.ArgumentParser, nfe: list[int] | None = None, solver: str = "unipc"):
+    """What schedules are wanted: counts, of which `nfe` are the default, solver and end; returns the group."""
     schedule = p.add_argument_group("schedule")
+    counts = "" if nfe is None else f" (default: {' '.join(map(str, nfe))})"
     schedule.add_argument(
         "--nfe",
         type=int,
         nargs="+",
-        required=True,
-        help="network evaluations, guidance's doubling apart: one or several",
+        required=nfe is None,
+        default=nfe,
+        help=f"network evaluations, guidance's doubling apart: one or several{counts}",
     )
-    schedule.add_argument("--solver", choices=sorted(SOLVERS), default="unipc")
+    schedule.add_argument(
+        "--solver", choices=sorted(SOLVERS), default=solver, help="that will sample (default: %(default)s)"
+    )
     schedule.add_argument("--solver_order", type=int, help="default: the solver's own")
     kinds = sorted({kind for kinds in VARIANTS.values() for kind in kinds})
     schedule.add_argument("--solver_type", choices=kinds, help="default: the solver's own")
@@ -102,10 +112,33 @@ def parser() -> argparse.ArgumentParser:
     schedule.add_argument(
         "--final_sigmas_type", choices=FINAL_SIGMAS_TYPES, help="end in clean data (default) or at t_min (published)"
     )
-    schedule.add_argument(
+    return schedule
+
+
+def solver_of(args: argparse.Namespace) -> SolverSpec:
+    """The student's solver; a `ValueError` for an order or variant that it does not have."""
+    spec = SolverSpec(
+        args.solver, args.solver_order, args.solver_type, args.predict_x0, args.lower_order_final, args.afs
+    )
+    spec.make()
+    return spec
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("train_ld3", description="Learn a schedule for a pipeline; see training/README.md.")
+    add_teacher_arguments(p).add_argument(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute the network block by block: less memory, more time",
+    )
+    add_pair_arguments(p)
+    add_schedule_arguments(p).add_argument(
         "--discretization",
+        "--init",
         default="best",
-        help="start from this grid, or from the schedule in this folder; best: from the grid best on the training pairs",
+        help="start from this grid, from the schedule in this folder, or from what a search finds (gits, oss); best: from the "
+        "grid best on the training pairs",
     )
 
     learning = p.add_argument_group("learning")
@@ -134,20 +167,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuses what can be refused before anything is loaded, and fills in what follows from other arguments.
-
-    Raises:
-        ValueError: for an impossible argument.
-    """
-    for name in ("num_train", "num_valid", "teacher_steps", "checkpointing_steps", "checkpoints_total_limit"):
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raises a `ValueError` if one of these arguments is given and not positive."""
+    for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def check_pairs(args: argparse.Namespace) -> None:
+    """Refuses impossible counts of evaluations and of pairs, and arguments of pairs that are not made here.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_counts(args, "num_train", "num_valid", "teacher_steps")
     if min(args.nfe) < 1 or len(set(args.nfe)) < len(args.nfe):
         raise ValueError(f"--nfe must name different counts of at least 1, got {' '.join(map(str, args.nfe))}")
-    if len(args.nfe) > 1 and args.resume_from_checkpoint not in (None, "latest"):
-        raise ValueError("a checkpoint is of one count; give --resume_from_checkpoint latest, or one --nfe")
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, got {args.seed}")
     if args.teacher_set is not None:
@@ -160,6 +196,18 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--validation_set needs a --teacher_set beside it")
     else:
         check_call_arguments(args)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what can be refused before anything is loaded, and fills in what follows from other arguments.
+
+    Raises:
+        ValueError: for an impossible argument.
+    """
+    check_pairs(args)
+    check_counts(args, "checkpointing_steps", "checkpoints_total_limit")
+    if len(args.nfe) > 1 and args.resume_from_checkpoint not in (None, "latest"):
+        raise ValueError("a checkpoint is of one count; give --resume_from_checkpoint latest, or one --nfe")
     if args.recipe == "published" and args.discretization != "best":
         raise ValueError("the published recipe starts from its own uniform grid; drop --discretization")
     if args.final_sigmas_type is None:

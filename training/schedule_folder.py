@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that learning writes: one scheduler config with a schedule for each count, and how each came about."""
+"""The folder that learning and searches write: one scheduler config with a schedule for each count, and how each came about."""
 
 import json
 import math
 import os
 import shutil
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
 import torch
 
 import ld3_diffusers
-from ld3_diffusers import LD3Scheduler, Schedule
+from ld3_diffusers import LD3Scheduler, Schedule, SolverSpec
 from ld3_diffusers.schedulers.stock_config import BETA_KEYS, FLOW_KEYS, SIGMA_KEYS
 
-from .learner import LearnResult, Problem
-from .recipe import Recipe
+from .learner import Problem
 from .schedule_plot import plot_schedules
 
 
@@ -47,8 +45,17 @@ def check_same_model(present: LD3Scheduler | None, config) -> None:
             )
 
 
-def settings(args: Namespace, recipe: Recipe, problem: Problem) -> dict:
-    """Facts of a run that are known before it, as plain JSON: teacher, settings of its call, pairs, recipe."""
+def holds(folder: str | Path, nfe: int, spec: SolverSpec, facts: dict) -> bool:
+    """Whether the folder holds the schedule that a run with these facts would make."""
+    present = existing(folder)
+    entry = {} if present is None else (present.config.schedules or {}).get(str(nfe), {})
+    made = entry.get("provenance", {})
+    same_solver = all(entry.get(name) == value for name, value in vars(spec).items())
+    return same_solver and all(made.get(name) == value for name, value in facts.items())
+
+
+def settings(args: Namespace, problem: Problem, method: dict) -> dict:
+    """Facts of a run that are known before it, as plain JSON: teacher, settings of its call, pairs; `method` are those of what it does."""
     pipe, made = problem.rollout.pipe, problem.train.whole
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     # A local folder's name identifies nothing; `LD3Scheduler.check` compares "teacher", so that is a Hub id or absent.
@@ -69,12 +76,7 @@ def settings(args: Namespace, recipe: Recipe, problem: Problem) -> dict:
         "teacher_solver_order": made.provenance.get("solver_order"),
         "teacher_discretization": made.provenance.get("discretization"),
         "teacher_steps": made.provenance["num_inference_steps"],
-        "recipe": recipe.name,
-        "recipe_settings": json.loads(json.dumps(asdict(recipe))),
-        "loss_name": args.loss,
-        "loss_space": args.loss_space,
-        "lpips_net": args.lpips_net if args.loss == "lpips" else None,
-        "discretization": Path(args.discretization).name,
+        **method,
         "final_sigmas_type": args.final_sigmas_type,
         "train_pairs": len(problem.train),
         "valid_pairs": len(problem.valid),
@@ -97,15 +99,12 @@ def with_start(facts: dict, start: dict) -> dict:
     return {**facts, "learned_on": united}
 
 
-def results(result: LearnResult, start: str, rivals: dict[str, float], mu: float) -> dict:
-    """Facts that learning found out."""
-    best = next(iter(rivals))
+def results(found: dict, rivals: dict[str, float], mu: float) -> dict:
+    """Facts that a run found out: its own, and with which loss of which hand-made grid (best first), `mu` and versions."""
+    best = next(iter(rivals), None)
     return {
-        "start": start,
-        "initial_loss": result.initial_loss,
-        "loss": result.loss,
-        "best_grid": best,
-        "best_grid_loss": rivals[best],
+        **found,
+        **({} if best is None else {"best_grid": best, "best_grid_loss": rivals[best]}),
         **({"mu": mu} if mu else {}),
         "versions": {
             "ld3_diffusers": ld3_diffusers.__version__,
@@ -115,9 +114,11 @@ def results(result: LearnResult, start: str, rivals: dict[str, float], mu: float
     }
 
 
-def save(args: Namespace, result: LearnResult, stock, path, pictures: dict[str, Schedule]) -> None:
-    """Everything to a temporary folder first, then file by file to its place, the config last."""
-    output, schedule = Path(args.output_dir), result.schedule
+def save(
+    output_dir: str | Path, schedule: Schedule, stock, path, pictures: dict[str, Schedule], history: list | None = None
+) -> None:
+    """Everything to a temporary folder first, then file by file to its place, the config last; `history` is that of learning."""
+    output = Path(output_dir)
     entry, folder = {str(schedule.nfe): schedule.to_dict(path)}, output / f"nfe-{schedule.nfe}"
     present = existing(output)
     if present is None:
@@ -136,13 +137,17 @@ def save(args: Namespace, result: LearnResult, stock, path, pictures: dict[str, 
     try:
         scheduler.save_pretrained(partial)
         LD3Scheduler.from_pretrained(partial)
-        numbers = [{k: v if math.isfinite(v) else None for k, v in entry.items()} for entry in result.history]
-        log = "".join(json.dumps({"step": i + 1, **entry}) + "\n" for i, entry in enumerate(numbers))
-        (partial / "training_log.jsonl").write_text(log, encoding="utf-8")
+        if history is not None:
+            numbers = [{k: v if math.isfinite(v) else None for k, v in entry.items()} for entry in history]
+            log = "".join(json.dumps({"step": i + 1, **entry}) + "\n" for i, entry in enumerate(numbers))
+            (partial / "training_log.jsonl").write_text(log, encoding="utf-8")
         plot_schedules(pictures, path, partial / "schedule.png")
         folder.mkdir(exist_ok=True)
         for name in ("training_log.jsonl", "schedule.png"):
-            os.replace(partial / name, folder / name)
+            if (partial / name).exists():
+                os.replace(partial / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)  # of what was there before
         os.replace(partial / CONFIG, output / CONFIG)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,8 +9,9 @@ and the same folder to serve more counts. A schedule that loses to a hand-made g
 """
 
 import argparse
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -25,14 +26,15 @@ from .call_settings import CALL_SETTINGS
 from .gradient_check import check_gradients
 from .initial import BEFORE_ZERO, STOCK, candidates, grid_schedule, grid_search, saved_schedule
 from .learner import LearnResult, Problem, learn
-from .learning_arguments import check, parser, recipe_of
+from .learning_arguments import check, parser, recipe_of, solver_of
 from .learning_pairs import learning_pairs
-from .objectives import Decoded, Objective, make_distance
-from .processes import COLLECTIVE_TIMEOUT, is_sharded, lost_process_message, on_main, shard
+from .learning_problem import learning_problem
+from .objectives import Objective, make_distance
+from .processes import COLLECTIVE_TIMEOUT, lost_process_message, on_main
 from .recipe import Recipe
-from .rollout import PipelineRollout
-from .schedule_folder import check_same_model, existing, results, save, settings, with_start
-from .teacher import check_teacher_name, load_teacher
+from .schedule_folder import existing, holds, results, save, settings, with_start
+from .search import SEARCHES, search_start
+from .teacher import check_teacher_name
 
 
 def main(argv=None) -> None:
@@ -42,10 +44,7 @@ def main(argv=None) -> None:
         check(args)
         check_writable(args.output_dir)
         recipe = recipe_of(args)
-        spec = SolverSpec(
-            args.solver, args.solver_order, args.solver_type, args.predict_x0, args.lower_order_final, args.afs
-        )
-        spec.make()
+        spec = solver_of(args)
         check_start(args)
         check_teacher_name(args.pretrained_model_name_or_path)
         existing(args.output_dir)
@@ -58,12 +57,17 @@ def main(argv=None) -> None:
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` unless `--discretization` is a grid or a folder."""
+    """Raises a `ValueError` unless `--discretization` is a grid, a search or a folder."""
     name = args.discretization
-    if name == "best" or name in STOCK or name.removesuffix(BEFORE_ZERO) in DISCRETIZATIONS or Path(name).exists():
+    if (
+        name in ("best", *SEARCHES)
+        or name in STOCK
+        or name.removesuffix(BEFORE_ZERO) in DISCRETIZATIONS
+        or Path(name).exists()
+    ):
         return
     raise ValueError(
-        f"--discretization {name!r} is neither a folder with a schedule nor one of best, {', '.join([*DISCRETIZATIONS, *STOCK])}"
+        f"--discretization {name!r} is neither a folder with a schedule nor one of best, {', '.join([*SEARCHES, *DISCRETIZATIONS, *STOCK])}"
     )
 
 
@@ -73,26 +77,12 @@ def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: 
     accelerator = Accelerator(log_with=tracker, project_config=project, kwargs_handlers=[COLLECTIVE_TIMEOUT])
     set_seed(args.seed)
     training, validation = learning_pairs(args, accelerator)
-    pipe = load_teacher(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        mixed_precision=args.mixed_precision,
-        device=None if is_sharded(accelerator) else accelerator.device,
-        text_encoders=training.whole.needs_text_encoders or validation.whole.needs_text_encoders,
-    )
-    for pairs in (training, validation):
-        pairs.whole.check(pipe, guidance_scale=args.guidance_scale)
-    shard(pipe, accelerator)
-    options = {"gradient_checkpointing": args.gradient_checkpointing, **training.whole.call_settings}
-    with PipelineRollout(pipe, **options) as rollout:
-        check_same_model(existing(args.output_dir), rollout.scheduler.config)
-        objective = Decoded(distance, rollout.decode) if args.loss_space == "pixel" else distance
-        problem = Problem(rollout, training, validation, rollout.path, objective, accelerator)
-        facts = settings(args, recipe, problem)
+    options = {"loss_space": args.loss_space, "gradient_checkpointing": args.gradient_checkpointing}
+    with learning_problem(args, training, validation, accelerator, distance=distance, **options) as problem:
+        facts = settings(args, problem, learning_settings(args, recipe))
         refusals, logged = [], 0
         for nfe in args.nfe:
-            learned = on_main(lambda nfe=nfe: is_learned(args, nfe, spec, facts), accelerator)
+            learned = on_main(lambda nfe=nfe: holds(args.output_dir, nfe, spec, facts), accelerator)
             if learned and args.resume_from_checkpoint == "latest":
                 accelerator.print(f"{args.output_dir} has this schedule for {nfe} evaluations already")
                 continue
@@ -106,13 +96,15 @@ def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: 
         raise ValueError("; ".join(refusals))
 
 
-def is_learned(args, nfe: int, spec: SolverSpec, facts: dict) -> bool:
-    """Whether the output folder holds the schedule that this very run would learn."""
-    present = existing(args.output_dir)
-    entry = {} if present is None else (present.config.schedules or {}).get(str(nfe), {})
-    made = entry.get("provenance", {})
-    same_solver = all(entry.get(name) == value for name, value in vars(spec).items())
-    return same_solver and all(made.get(name) == value for name, value in facts.items())
+def learning_settings(args, recipe: Recipe) -> dict:
+    return {
+        "recipe": recipe.name,
+        "recipe_settings": json.loads(json.dumps(asdict(recipe))),
+        "loss_name": args.loss,
+        "loss_space": args.loss_space,
+        "lpips_net": args.lpips_net if args.loss == "lpips" else None,
+        "discretization": Path(args.discretization).name,
+    }
 
 
 class LosesToGrid(ValueError):
@@ -135,13 +127,14 @@ def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem
     result.schedule = rollout.rounded(result.schedule)
     rivals = grid_search(problem, grids, pairs="valid", batch_size=pass_size(recipe))
     facts = with_start(facts, initial.provenance)
-    result.schedule = replace(result.schedule, provenance={**facts, **results(result, start, rivals, rollout.mu)})
+    found = {"start": start, "initial_loss": result.initial_loss, "loss": result.loss}
+    result.schedule = replace(result.schedule, provenance={**facts, **results(found, rivals, rollout.mu)})
     best = next(iter(rivals))
     accelerator.print(f"validation loss {result.loss:.6g}; {best}, the best hand-made grid, {rivals[best]:.6g}")
     refuse_worse(args, result, rivals)
     if accelerator.is_main_process:
         pictures = {"learned": result.schedule, f"start: {start}": initial, f"best grid: {best}": grids[best]}
-        save(args, result, stock, problem.path, pictures)
+        save(args.output_dir, result.schedule, stock, problem.path, pictures, result.history)
     accelerator.wait_for_everyone()
     return len(result.history)
 
@@ -163,6 +156,9 @@ def starting_point(
         if not math.isfinite(losses[name]):
             raise ValueError("no hand-made grid has a finite loss; use another solver or more evaluations")
         return name, grids[name]
+    if name in SEARCHES:
+        options = {"batch_size": pass_size(recipe), "folder": Path(args.output_dir), **grid}
+        return search_start(name, problem, nfe, max(args.nfe), spec, **options)
     if name in grids:
         return name, grids[name]
     if Path(name).exists():
