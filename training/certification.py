@@ -25,7 +25,8 @@ from ld3_diffusers.schedulers.learned import check_model
 from .arguments import parse
 from .call_settings import call_settings
 from .certificate import entry_hash, solver_facts
-from .comparison import Comparison, Contender, best_by_name, stock_contenders
+from .comparison import Comparison, Contender, best_by_name
+from .contenders import stock_contenders
 from .make_teacher_set import encode_and_sample, parser, request, teacher_scheduler
 from .processes import on_main
 from .report import pick_columns, save_grid, save_schedules, write_whole

@@ -1,27 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedulers side by side: the same starting noises and embeddings through the same pipeline, and how far from the teacher's end points."""
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import SchedulerMixin
 from torch import Tensor
-
-from ld3_diffusers import LD3Scheduler
 
 from .conditioning import Conditioning
 from .processes import share
@@ -29,7 +16,6 @@ from .rollout import PipelineRollout
 from .teacher_set import TeacherSet
 
 
-SPACINGS = ("linspace", "leading", "trailing")
 RESAMPLES = 9999
 CONFIDENCE = 0.95
 
@@ -45,6 +31,7 @@ class Contender:
         setting: e.g. the timestep spacing.
         evaluations: network evaluations of one sample, guidance's doubling apart.
         distances: (samples,) float64, mean squared difference of each end state from the teacher's.
+        spec: what a user typed to name it.
     """
 
     name: str
@@ -53,6 +40,7 @@ class Contender:
     setting: str = ""
     evaluations: int = 0
     distances: Tensor = field(default_factory=lambda: torch.empty(0))
+    spec: str = ""
 
     @property
     def mean(self) -> float:
@@ -63,70 +51,6 @@ class Contender:
     @property
     def label(self) -> str:
         return f"{self.name} ({self.setting})" if self.setting else self.name
-
-
-# ---------------------------------------------------------------------- who takes part
-
-
-def stock_contenders(config, nfe: int) -> Iterator[Contender]:
-    """Stock schedulers made from a pipeline's own scheduler config for `nfe` evaluations, in each timestep spacing that they have.
-
-    Stock Heun makes 2n - 1 evaluations; where `nfe` is even it gets one more.
-    """
-    heun_steps = nfe // 2 + 1
-    if LD3Scheduler.from_config(config, schedules=None).path.kind == "flow":
-        yield from _flow_contenders(config, nfe, heun_steps)
-        return
-    for spacing in SPACINGS:
-        for name, kind, steps in (
-            ("UniPC", UniPCMultistepScheduler, nfe),
-            ("DPM++ 2M", DPMSolverMultistepScheduler, nfe),
-            ("DEIS", DEISMultistepScheduler, nfe),
-            ("Euler", EulerDiscreteScheduler, nfe),
-            ("DDIM", DDIMScheduler, nfe),
-            ("Heun", HeunDiscreteScheduler, heun_steps),
-        ):
-            yield Contender(name, kind.from_config(config, timestep_spacing=spacing), steps, spacing)
-    karras = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
-    yield Contender("DPM++ 2M Karras", karras, nfe)
-
-
-def _flow_contenders(config, nfe: int, heun_steps: int) -> Iterator[Contender]:
-    """Flow models have no timestep spacing but a shift, a constant or one that the pipeline computes from the resolution."""
-    # A FlowMatch scheduler calls it `shift`, another one `flow_shift`.
-    shift = config.get("shift", config.get("flow_shift", 1.0))
-    dynamic = bool(config.get("use_dynamic_shifting"))
-    setting = "shift by resolution" if dynamic else f"shift {shift:g}"
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
-    yield Contender("FlowMatchEuler", FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift), nfe, setting)
-    yield Contender("UniPC", UniPCMultistepScheduler.from_config(config, **flow), nfe, setting)
-    dpmpp = DPMSolverMultistepScheduler.from_config(config, **{**flow, "use_dynamic_shifting": False})
-    yield Contender("DPM++ 2M", _shifted_by_pipelines(dpmpp, "flow_shift", config), nfe, setting)
-    # With a dynamic shift its own must be 1: it shifts its largest and smallest sigma once more.
-    heun = FlowMatchHeunDiscreteScheduler.from_config(config, shift=1.0 if dynamic else shift)
-    yield Contender("FlowMatchHeun", _shifted_by_pipelines(heun, "shift", config), heun_steps, setting)
-
-
-def _shifted_by_pipelines(scheduler: SchedulerMixin, key: str, config) -> SchedulerMixin:
-    """Let pipelines pass their sigmas and shift to a stock scheduler that does not take them.
-
-    Pipelines of the Flux family pass both. Stock Heun knows neither; DPM++ knows no sigmas and fails on a shift that its config
-    does not ask for. Both would drop out of the comparison; so they get the shift as the constant option `key`, which is the
-    same formula, and go on from their own unshifted sigmas.
-    """
-    own, dynamic = scheduler.set_timesteps, bool(config.get("use_dynamic_shifting"))
-    exponential = config.get("time_shift_type", "exponential") == "exponential"
-
-    def set_timesteps(num_inference_steps=None, device=None, sigmas=None, mu=None) -> None:
-        if dynamic:
-            if mu is None:
-                raise ValueError("the pipeline passes no mu, by which its scheduler's config wants to be shifted")
-            scheduler.register_to_config(**{key: math.exp(mu) if exponential else mu})
-        own(len(sigmas) if num_inference_steps is None else num_inference_steps, device=device)
-
-    set_timesteps.__signature__ = inspect.signature(set_timesteps)
-    scheduler.set_timesteps = set_timesteps
-    return scheduler
 
 
 # ---------------------------------------------------------------------- what they do
@@ -143,13 +67,24 @@ class Comparison(PipelineRollout):
         super().__init__(pipe, checkpointing=False, **call)
 
     @torch.no_grad()
-    def follow(self, contender: Contender, noise: Tensor, conditioning: Conditioning) -> Tensor:
+    def follow(
+        self,
+        contender: Contender,
+        noise: Tensor,
+        conditioning: Conditioning,
+        generators: list[torch.Generator] | None = None,
+    ) -> Tensor:
         """End states, (batch, ...) float32 on the host; `contender.evaluations` are counted.
 
         A stock scheduler's step takes one evaluation, Heun's too; calls of the network would count guidance twice where a
         pipeline calls it twice.
+
+        Args:
+            generators: one a sample, for the noise that a stochastic scheduler adds at each step.
         """
         arguments = self._starting_arguments(noise, conditioning)
+        if generators is not None and self.moves_noise and "generator" in self.parameters:
+            arguments["generator"] = generators
         last, steps = noise, 0
 
         def on_step(_state: Tensor, _output: Tensor, result: Tensor) -> None:

@@ -27,7 +27,8 @@ from ld3_diffusers.solvers import SOLVERS, Solver
 from . import make_teacher_set, train_ld3
 from .arguments import check_writable, usage_errors
 from .call_settings import call_settings
-from .comparison import Comparison, Contender, best_by_name, stock_contenders, unbeaten
+from .comparison import Comparison, Contender, best_by_name, unbeaten
+from .contenders import stock_contenders
 from .recipe import RECIPES
 from .report import pick_columns, save_grid, save_results, save_schedules, table, write_whole
 from .teacher import load_teacher

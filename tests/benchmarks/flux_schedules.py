@@ -17,7 +17,8 @@ from pathlib import Path
 from ld3_diffusers import LD3Scheduler
 from training import demo
 from training.call_settings import call_settings
-from training.comparison import Comparison, Contender, best_by_name, paired_interval, stock_contenders
+from training.comparison import Comparison, Contender, best_by_name, paired_interval
+from training.contenders import stock_contenders
 from training.teacher import load_teacher
 
 

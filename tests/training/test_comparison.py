@@ -11,7 +11,8 @@ from ld3_diffusers import LD3Scheduler
 from tests.schedules import scheduler_with
 from tests.tiny_pipelines import PIPELINES
 from training import make_teacher_set
-from training.comparison import Comparison, Contender, best_by_name, paired_interval, stock_contenders, unbeaten
+from training.comparison import Comparison, Contender, best_by_name, paired_interval, unbeaten
+from training.contenders import stock_contenders
 from training.report import pick_columns, save_results, save_schedules, table, write_whole
 from training.teacher_set import TeacherSet
 
