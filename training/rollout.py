@@ -21,7 +21,7 @@ from .conditioning import Conditioning, batch_size, expanded, named_embeddings
 from .decoding import decode
 from .denoisers import Calls, Evaluations, denoisers, instrumented, replaced
 from .denoisers import gradient_checkpointing as checkpointed_blocks
-from .told_times import LOW, Told, embeddings_of, find_told
+from .told_times import Told, find_told, watched
 
 
 PROBES = 12  # evaluations that show how a pipeline rounds times; only those that do make them
@@ -400,38 +400,9 @@ class PipelineRollout:
 
     def _find_told(self, arguments: dict[str, Any]) -> Told | None:
         """What the pipeline does to timesteps on their way to the network; see [`find_told`]."""
-        given: list[Tensor] = []
-        embedded: list[float] = []
-
-        def watched(forward):
-            def run(*args, **kwargs):
-                time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-                if not isinstance(time, Tensor) or time.dtype not in LOW:
-                    raise _EndReached
-                given.append(time.detach())
-                seen.clear()
-                result = forward(*args, **kwargs)
-                embedded.extend(seen[:1])
-                return result
-
-            return run
-
-        seen: list[float] = []
-        networks = list(denoisers(self.pipe).values())
-        hooks = [
-            part.register_forward_pre_hook(lambda _part, inputs: seen.append(float(inputs[0].flatten()[0])))
-            for network in networks
-            for part in embeddings_of(network)
-        ]
-        try:
-            with ExitStack() as stack:
-                for network in networks:
-                    stack.enter_context(replaced(network, "forward", watched(network.forward)))
-                self.scheduler.use_schedule(None)
-                self._run(PROBES, arguments)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self.scheduler.use_schedule(None)
+        with watched(list(denoisers(self.pipe).values()), _EndReached) as (given, embedded):
+            self._run(PROBES, arguments)
         # Guidance by a second call is told the same time again.
         calls = max(1, len(given) // PROBES)
         return find_told(self.scheduler.timesteps, given[::calls], embedded[::calls]) if given else None

@@ -6,11 +6,14 @@ bfloat16, which keeps 8 bits: of the times between 512 and 1000 every fourth. Ot
 float32. Which it is, is read off a few evaluations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
+
+from .denoisers import replaced
 
 
 Told = Callable[[Tensor], Tensor]
@@ -57,6 +60,40 @@ def find_told(timesteps: Tensor, given: list[Tensor], embedded: list[float]) -> 
     return None
 
 
-def embeddings_of(network: nn.Module) -> list[nn.Module]:
-    """The sinusoidal embeddings of a network; the first that is called embeds the time."""
-    return [module for module in network.modules() if isinstance(module, Timesteps)]
+@contextmanager
+def watched(networks: list[nn.Module], stop: type[Exception]) -> Iterator[tuple[list[Tensor], list[float]]]:
+    """What [`find_told`] wants: the networks' `timestep` and the input of their first sinusoidal embedding, from call to call.
+
+    `stop` is raised in place of a call whose time is in high precision: nothing is rounded there.
+    """
+    given: list[Tensor] = []
+    embedded: list[float] = []
+    seen: list[float] = []
+
+    def watching(forward):
+        def run(*args, **kwargs):
+            time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            if not isinstance(time, Tensor) or time.dtype not in LOW:
+                raise stop
+            given.append(time.detach())
+            seen.clear()
+            result = forward(*args, **kwargs)
+            embedded.extend(seen[:1])
+            return result
+
+        return run
+
+    hooks = [
+        part.register_forward_pre_hook(lambda _part, inputs: seen.append(float(inputs[0].flatten()[0])))
+        for network in networks
+        for part in network.modules()
+        if isinstance(part, Timesteps)
+    ]
+    try:
+        with ExitStack() as stack:
+            for network in networks:
+                stack.enter_context(replaced(network, "forward", watching(network.forward)))
+            yield given, embedded
+    finally:
+        for hook in hooks:
+            hook.remove()
