@@ -92,9 +92,6 @@ def add_metric_arguments(parser) -> None:
     metrics.add_argument("--dinov2_model", default=DINOV2_MODEL, help="default: %(default)s")
     metrics.add_argument("--lpips_net", choices=["vgg", "alex"], default="vgg", help="default: %(default)s")
     metrics.add_argument(
-        "--resamples", type=int, default=100, help="bootstrap of metrics of whole sets; 0: none (default: %(default)s)"
-    )
-    metrics.add_argument(
         "--blocks", type=int, default=5, help="of seeds, for the spread between them; 0: none (default: %(default)s)"
     )
     metrics.add_argument("--local_errors", action="store_true", help="of each step of our own schedulers")
@@ -114,11 +111,11 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[str] | None, list[S
         raise ValueError(f"unknown metrics {', '.join(unknown)}; use some of {', '.join(METRICS)}")
     if min(args.nfe) < 1 or len(set(args.nfe)) < len(args.nfe):
         raise ValueError(f"--nfe must name different counts of at least 1, got {' '.join(map(str, args.nfe))}")
-    for name, least in (("teacher_steps", 1), ("resamples", 0), ("blocks", 0), ("save_images", 0)):
+    for name, least in (("teacher_steps", 1), ("blocks", 0), ("save_images", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    if args.blocks == 1 or args.resamples == 1:
-        raise ValueError("--blocks and --resamples are for a spread, which one alone has not; give 0 or at least 2")
+    if args.blocks == 1:
+        raise ValueError("--blocks are for a spread, which one alone has not; give 0 or at least 2")
     check_writable(args.output_dir)
     if args.images:
         check_images(args)
@@ -131,6 +128,12 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[str] | None, list[S
     specs = [each for spec in specs for each in spec.with_solvers(args.solver)]
     if args.solver and not any("solver" in spec.options for spec in specs):
         raise ValueError("--solver is for learned schedules and LD3Scheduler, and none is among --schedulers; drop it")
+    compared = [name for name in args.metrics if name in OF_TEACHERS]
+    if compared and max(args.nfe) > args.teacher_steps:
+        raise ValueError(
+            f"--nfe {max(args.nfe)} is more than the teacher's --teacher_steps {args.teacher_steps}, and {compared[0]} is the distance "
+            "to it; raise --teacher_steps"
+        )
     seeds, prompts = check_sampling(args)
     return seeds, prompts, specs
 

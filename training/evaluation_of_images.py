@@ -44,7 +44,7 @@ def evaluate_images(args: argparse.Namespace, metrics: Sequence[Metric], acceler
     if subject not in names:
         raise ValueError(f"the subject {subject!r} is none of the --images; use one of {', '.join(names)}")
     models, warnings = models_of(args), []
-    scoring = Scoring(metrics, models, args.resamples, args.blocks)
+    scoring = Scoring(metrics, models, args.blocks)
     entries = []
     for name, path in zip(names, args.images):
         files = open_images(
@@ -58,7 +58,8 @@ def evaluate_images(args: argparse.Namespace, metrics: Sequence[Metric], acceler
             warnings.append(f"{len(files.unreadable)} pictures of {name} cannot be read and are left out: {shown}")
         warnings += [f"{name}: {sentence}" for sentence in count_warnings(metrics, len(files))]
         prompts = prompts_of(path, files) if any(metric.needs_prompts for metric in metrics) else None
-        key = digest([files.digest, args.resolution, sorted(files.unreadable), prompts])
+        # Parts of another size are others.
+        key = digest([files.digest, args.resolution, sorted(files.unreadable), prompts, args.batch_size])
         store = Store(Path(args.output_dir) / "work", len(files), args.batch_size)
         measure(store, key, name, files, prompts, metrics, models, accelerator)
         facts = {

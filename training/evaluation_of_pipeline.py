@@ -69,9 +69,10 @@ def evaluate_pipeline(
             "batch_size": args.batch_size,
             "teacher_schedule": teacher_facts(teacher),
         }
-        on_main(lambda: begin(folder, request), accelerator)
         samples = SeededSamples(comparison, seeds, prompts, args.batch_size)
+        # Prompts that the pipeline cannot have, or has to have, are refused before the folder is theirs.
         shape = comparison.state_shape(samples.conditioning(samples.positions(0), comparison.device))
+        on_main(lambda: begin(folder, request), accelerator)
         measurement = Measurement(
             comparison,
             teacher,
@@ -92,7 +93,7 @@ def evaluate_pipeline(
         measure(measurement, entrants, subject, accelerator)
         errors = local_errors_of(measurement, entrants, accelerator) if args.local_errors else {}
         entries = [entry_of(measurement, each, errors) for each in entrants]
-        scoring = Scoring(metrics, measurement.models, args.resamples, args.blocks)
+        scoring = Scoring(metrics, measurement.models, args.blocks)
         scores_teacher = measurement.needs_teacher and any(isinstance(metric, SetMetric) for metric in metrics)
         own = Entry(TEACHER, None, TEACHER, measurement.store, {}) if scores_teacher else None
         rows, of_teacher = result_rows(entries, subject, scoring, accelerator, own)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what is stored of each contender to the results: means, scores, their intervals and the differences from the subject.
 
-Of a metric with a value for each sample, intervals are [`paired_interval`]'s. Of a metric of the whole set they are percentiles of
-bootstrap replicates, moved so that their mean is the value: a resample repeats samples, which lifts a Frechet distance. Replicates
-draw the same samples of every contender, so that those of a difference are paired.
+Intervals are [`paired_interval`]'s, of a metric of the whole set over value + influence of each sample: a bootstrap to first
+order, which is paired over the samples as that of the others is.
 """
 
 import math
@@ -14,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .comparison import CONFIDENCE, paired_interval
+from .comparison import paired_interval
 from .evaluation import column_of
 from .evaluation_store import PartFeatures, Store
 from .metrics import Metric, SampleMetric, SetMetric
 from .processes import share
 from .request_file import digest
-
-
-RESAMPLING_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -49,23 +45,30 @@ class Scoring:
 
     Args:
         models: see [`column_of`].
-        resamples: bootstrap replicates of metrics of the whole set; 0: none.
         blocks: consecutive blocks of samples on which each value is made once more, to show how much it varies; 0: none.
     """
 
     metrics: Sequence[Metric]
     models: dict[str, str]
-    resamples: int = 100
     blocks: int = 5
 
     # ------------------------------------------------------------------ one contender
 
-    def values(self, entry: Entry, metric: SampleMetric) -> Tensor:
+    def value(self, entry: Entry, metric: Metric) -> float:
+        if isinstance(metric, SetMetric):
+            return self.set_score(entry, metric)["value"]
+        return float(self.values(entry, metric).mean())
+
+    def values(self, entry: Entry, metric: Metric) -> Tensor:
+        """(n,) float64, one a sample, whose mean is the value."""
+        if isinstance(metric, SetMetric):
+            score = self.set_score(entry, metric)
+            return score["value"] + torch.tensor(score["influence"], dtype=torch.float64)
         return entry.store.column(entry.key, column_of(metric, self.models))
 
     def set_score(self, entry: Entry, metric: SetMetric) -> dict[str, Any]:
-        """`value`, `replicates` and `blocks` of a metric of the whole set, made once and kept in the store."""
-        name = digest([column_of(metric, self.models), metric.name, _identity(metric), self.resamples, self.blocks])
+        """`value`, `influence` and `blocks` of a metric of the whole set, made once and kept in the store."""
+        name = digest(self._identity(metric))
         found = entry.store.score(entry.key, name)
         if found is not None:
             return found
@@ -73,16 +76,19 @@ class Scoring:
         def features(positions: range) -> PartFeatures:
             return PartFeatures(entry.store, entry.key, column_of(metric, self.models), positions)
 
-        everyone = features(range(len(entry.store)))
-        replicates = metric.resampled(everyone, self.resamples, RESAMPLING_SEED) if self.resamples else None
-        parts = self.blocks_of(entry, metric)
+        everyone, parts = features(range(len(entry.store))), self.blocks_of(entry, metric)
         score = {
             "value": metric.score(everyone),
-            "replicates": None if replicates is None else replicates.tolist(),
+            "influence": metric.influence(everyone).tolist(),
             "blocks": [metric.score(features(block)) for block in parts] if parts else None,
         }
         entry.store.write_score(entry.key, name, score)
         return score
+
+    def _identity(self, metric: Metric) -> list[Any]:
+        """What a score depends on beside the samples."""
+        reference = metric.reference.digest if isinstance(metric, SetMetric) and metric.reference else None
+        return [column_of(metric, self.models), metric.name, reference, self.blocks]
 
     def blocks_of(self, entry: Entry, metric: Metric) -> list[range] | None:
         """Blocks of equally many samples; None where they are too few for the metric."""
@@ -97,46 +103,26 @@ class Scoring:
     def row_value(self, entry: Entry, metric: Metric, subject: Entry | None) -> dict[str, Any]:
         """`value`, `interval`, `difference` and `blocks`, plain JSON; null for what is not finite or cannot be known."""
         paired = subject is not None and subject is not entry and subject.samples == entry.samples
-        if isinstance(metric, SampleMetric):
-            return self._of_samples(entry, metric, subject if paired else None)
-        own = self.set_score(entry, metric)
-        other = self.set_score(subject, metric) if paired else None
-        difference = None
-        if other and own["replicates"] and other["replicates"]:
-            replicates = torch.tensor(own["replicates"]).double() - torch.tensor(other["replicates"]).double()
-            mean = own["value"] - other["value"]
-            difference = [mean, *centred_percentiles(mean, replicates)]
-        interval = None
-        if own["replicates"]:
-            interval = centred_percentiles(own["value"], torch.tensor(own["replicates"], dtype=torch.float64))
-        return plain({"value": own["value"], "interval": interval, "difference": difference, "blocks": own["blocks"]})
-
-    def _of_samples(self, entry: Entry, metric: SampleMetric, subject: Entry | None) -> dict[str, Any]:
-        name = digest([column_of(metric, self.models), subject and subject.key, self.blocks])
+        name = digest([*self._identity(metric), subject.key if paired else None, "row"])
         found = entry.store.score(entry.key, name)
         if found is not None:
             return found
         values = self.values(entry, metric)
-        blocks = self.blocks_of(entry, metric)
         score = {
-            "value": float(values.mean()),
+            "value": self.value(entry, metric),
             "interval": _interval(values, torch.zeros_like(values), 1),
-            "difference": None if subject is None else _interval(values, self.values(subject, metric), 0),
-            "blocks": [float(values[block.start : block.stop].mean()) for block in blocks] if blocks else None,
+            "difference": _interval(values, self.values(subject, metric), 0) if paired else None,
+            "blocks": self._of_blocks(entry, metric, values),
         }
         score = plain(score)
         entry.store.write_score(entry.key, name, score)
         return score
 
-
-def _identity(metric: SetMetric) -> list[Any] | None:
-    """What a score depends on beside the samples: the reference's moments, and how many features it stores."""
-    reference = metric.reference
-    if reference is None:
-        return None
-    moments = reference.moments
-    stored = 0 if reference.features is None else len(reference.features)
-    return [moments.count, float(moments.mean.sum()), float(moments.covariance.trace()), stored]
+    def _of_blocks(self, entry: Entry, metric: Metric, values: Tensor) -> list[float] | None:
+        if isinstance(metric, SetMetric):
+            return self.set_score(entry, metric)["blocks"]
+        blocks = self.blocks_of(entry, metric)
+        return [float(values[block.start : block.stop].mean()) for block in blocks] if blocks else None
 
 
 def _interval(values: Tensor, others: Tensor, first: int) -> list[float] | None:
@@ -145,12 +131,6 @@ def _interval(values: Tensor, others: Tensor, first: int) -> list[float] | None:
         return list(paired_interval(values, others))[first:]
     except ValueError:  # not finite, or too few
         return None
-
-
-def centred_percentiles(value: float, replicates: Tensor, confidence: float = CONFIDENCE) -> list[float]:
-    """The central `confidence` of the replicates, moved so that their mean is `value`."""
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    return (value + torch.quantile(replicates - replicates.mean(), tails)).tolist()
 
 
 def plain(score: dict[str, Any]) -> dict[str, Any]:
@@ -176,10 +156,7 @@ def subjects(entries: Sequence[Entry], subject: str, scoring: Scoring) -> dict[i
     metric = leading(scoring.metrics)
 
     def cost(entry: Entry) -> float:
-        if isinstance(metric, SampleMetric):
-            value = float(scoring.values(entry, metric).mean())
-        else:
-            value = scoring.set_score(entry, metric)["value"]
+        value = scoring.value(entry, metric)
         return math.inf if not math.isfinite(value) else -value if metric.higher_is_better else value
 
     found: dict[int | None, Entry] = {}

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .features import CHUNK_SIZE
 from .report import write_whole
 
 
@@ -78,7 +79,7 @@ class Store:
 
 @dataclass(frozen=True)
 class PartFeatures:
-    """A matrix column of the samples `positions`, read from its parts as it is asked for: the memory it takes is that of one part."""
+    """A matrix column of the samples `positions`, read from its parts as it is asked for: `CHUNK_SIZE` rows or one part at a time."""
 
     store: Store
     key: str
@@ -89,11 +90,15 @@ class PartFeatures:
         return len(self.positions)
 
     def chunks(self) -> Iterator[Tensor]:
-        for part in range(self.store.num_parts):
-            rows = self.store.positions(part)
-            first, last = max(rows.start, self.positions.start), min(rows.stop, self.positions.stop)
-            if first < last:
-                yield self.store.read(self.key, part, self.name)[first - rows.start : last - rows.start]
+        # Parts may be of few rows, and what is done with a chunk costs much however few it has.
+        size = self.store.part_size
+        together = max(1, CHUNK_SIZE // size)
+        parts = range(self.positions.start // size, -(-self.positions.stop // size))
+        for k in range(0, len(parts), together):
+            block = parts[k : k + together]
+            rows = torch.cat([self.store.read(self.key, part, self.name) for part in block])
+            start = block[0] * size
+            yield rows[max(self.positions.start - start, 0) : self.positions.stop - start]
 
     def select(self, indices: Sequence[int]) -> Tensor:
         """Rows `indices`, in that order, however often each; each part is read once."""

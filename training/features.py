@@ -36,6 +36,7 @@ PREPROCESSING = {
     "inception_ldm": "bilinear resize of PyTorch to 299 x 299, x / 127.5 - 1",
 }
 _PROBE = (1, 3, 64, 64)
+CHUNK_SIZE = 2048  # rows of features in memory at once
 
 
 class Features(Protocol):
@@ -57,7 +58,7 @@ class StoredFeatures:
     """[`Features`] in memory, (n, d)."""
 
     rows: Tensor
-    chunk_size: int = 4096
+    chunk_size: int = CHUNK_SIZE
 
     def __len__(self) -> int:
         return len(self.rows)

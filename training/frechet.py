@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The Frechet distance between two sets of features, seen as Gaussians (Heusel et al., arXiv:1706.08500), and its bootstrap.
+r"""The Frechet distance between two sets of features, seen as Gaussians (Heusel et al., arXiv:1706.08500).
 
     d^2 = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^{1/2})
 
@@ -8,8 +8,9 @@ is taken from the symmetric C_1^{1/2} C_2 C_1^{1/2}, which has the eigenvalues o
 rounding.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch import Tensor
 from .features import Features
 
 
-RESAMPLING_MEMORY = 2**28  # bytes for the covariances of resamples that share one pass over the features
 NOT_FINITE = "some features are not finite; look at the images, or for half precision in the network"
 
 
@@ -77,6 +77,12 @@ class Moments:
             raise ValueError("a covariance needs at least 2 images, got none; give more")
         return total.moments()
 
+    @cached_property
+    def root(self) -> Tensor:
+        """(d, d) symmetric square root of the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """The Frechet distance of two sets, squared as is usual; 0 for equal moments.
@@ -90,7 +96,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         raise ValueError(
             f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared; use one feature network for both"
         )
-    return _distance(a.mean, a.covariance, b, _root(b.covariance))
+    trace_root = torch.linalg.eigvalsh(b.root @ a.covariance @ b.root).clamp(min=0).sqrt().sum()
+    shift = (a.mean - b.mean).square().sum()
+    # Never negative but by rounding.
+    return max(0.0, float(shift + a.covariance.trace() + b.covariance.trace() - 2 * trace_root))
 
 
 def check_count(count: int | None, dim: int) -> None:
@@ -102,63 +111,31 @@ def check_count(count: int | None, dim: int) -> None:
         )
 
 
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+# ---------------------------------------------------------------------- how much each sample decides
 
 
-def _distance(mean: Tensor, covariance: Tensor, reference: Moments, root: Tensor) -> float:
-    trace_root = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
-    shift = (mean - reference.mean).square().sum()
-    # Never negative but by rounding.
-    return max(0.0, float(shift + covariance.trace() + reference.covariance.trace() - 2 * trace_root))
+def frechet_influence(features: Features, reference: Moments) -> Tensor:
+    r"""(n,) float64, of mean 0: drawing sample i $w_i$ times moves the distance by $\frac1n \sum_i w_i h_i$ to first order.
 
+        h_i = 2 (m - m_r).z_i + (z_i^T G z_i - E z^T G z) n / (n - 1),    z_i = x_i - m,    G = 1 - R (R C R)^{-1/2} R,    R = C_r^{1/2}
 
-# ---------------------------------------------------------------------- bootstrap
-
-
-def resampling_counts(resamples: int, count: int, seed: int) -> Iterator[Tensor]:
-    """How often each of `count` samples is drawn, (count,) float64, for one resample (with replacement) after the other.
-
-    They depend on nothing else, so that contenders on the same starting noises are resampled alike.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(resamples):
-        yield torch.randint(count, (count,), generator=generator).bincount(minlength=count).double()
-
-
-def resampled_frechet(features: Features, reference: Moments, resamples: int, seed: int) -> Tensor:
-    """(resamples,) float64: distances of bootstrap resamples of the features from a reference that is held fixed.
-
-    A resample has fewer distinct samples than the set, so that each lies above the set's own distance by about as much as that is
-    biased: read spreads and, between contenders on the same seeds, paired differences from them, no levels.
+    The reference, with the index r, is held fixed. G is the derivative of the distance in C (Bhatia, Jain & Lim,
+    arXiv:1712.01504). Bootstrap resamples would cost a covariance and its eigenvalues each, and have fewer distinct samples,
+    which lifts every one of them by about as much as the distance is biased.
 
     Raises:
         ValueError: as [`frechet_distance`].
     """
-    count, dim = len(features), len(reference.mean)
-    check_count(count, dim)
-    root = _root(reference.covariance)
-    # Sums about a point near every resample's mean lose no digits.
-    centre = sum(chunk.double().sum(0) for chunk in features.chunks()) / count
-    if not bool(centre.isfinite().all()):
-        raise ValueError(NOT_FINITE)
-    at_once = max(1, RESAMPLING_MEMORY // (8 * dim * dim))
-    weights = resampling_counts(resamples, count, seed)
-    distances = []
-    while len(distances) < resamples:
-        block = torch.stack([next(weights) for _ in range(min(at_once, resamples - len(distances)))])
-        first = torch.zeros(len(block), dim, dtype=torch.float64)
-        second = torch.zeros(len(block), dim, dim, dtype=torch.float64)
-        start = 0
-        for chunk in features.chunks():
-            centred = chunk.double() - centre
-            drawn = block[:, start : start + len(chunk)]
-            first += drawn @ centred
-            for k, times in enumerate(drawn):
-                second[k].addmm_(centred.T * times, centred)
-            start += len(chunk)
-        for shift, square in zip(first / count, second):
-            covariance = (square - count * torch.outer(shift, shift)) / (count - 1)
-            distances.append(_distance(centre + shift, covariance, reference, root))
-    return torch.tensor(distances, dtype=torch.float64)
+    own, dim = Moments.of(features.chunks()), len(reference.mean)
+    check_count(own.count, dim)
+    values, vectors = torch.linalg.eigh(reference.root @ own.covariance @ reference.root)
+    # A direction that one side does not vary in moves nothing.
+    kept = values > dim * torch.finfo(torch.float64).eps * values[-1]
+    half = reference.root @ vectors[:, kept] * values[kept] ** -0.25
+    parts, unbiased = [], own.count / (own.count - 1)
+    for chunk in features.chunks():
+        z = chunk.double() - own.mean
+        quadratic = z.square().sum(1) - (z @ half).square().sum(1)
+        parts.append(2 * z @ (own.mean - reference.mean) + unbiased * quadratic)
+    influence = torch.cat(parts)
+    return influence - influence.mean()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Maximum mean discrepancies between a set of features and a reference: KID, CMMD, and their bootstrap.
+r"""Maximum mean discrepancies between a set of features and a reference: KID and CMMD.
 
     MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)
 
@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torchmetrics.image.kid import poly_kernel, poly_mmd
 
 from .features import Features, StoredFeatures
-from .frechet import resampling_counts
 
 
 SUBSETS = 100
@@ -82,30 +81,21 @@ def cmmd(features: Features, reference: Tensor, reference_term: float | None = N
     return CMMD_SCALE * (own + within - 2 * across)
 
 
-# ---------------------------------------------------------------------- bootstrap
+# ---------------------------------------------------------------------- how much each sample decides
 
 
-def resampled_discrepancy(
-    features: Features,
-    reference: Tensor,
-    kernel: Callable[[Tensor, Tensor], Tensor],
-    score: float,
-    resamples: int,
-    seed: int,
-) -> Tensor:
-    r"""(resamples,) float64: `score` of bootstrap resamples to first order, the reference held fixed.
+def discrepancy_influence(features: Features, reference: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    r"""(n,) float64, of mean 0: drawing sample i $w_i$ times moves MMD^2 by $\frac1n \sum_i w_i h_i$ to first order.
 
-    Drawing sample i $w_i$ times moves MMD^2 by $\frac1n \sum_i (w_i - 1) h_i$ with its influence function
-    $h_i = 2 (E_{x'} k(x_i, x') - E_y k(x_i, y))$; both means are taken over at most `INNER_SAMPLES` samples. A
-    plain bootstrap would count copies of a sample as pairs of different ones, which the estimate is not made for.
+    $h_i = 2 (E_{x'} k(x_i, x') - E_y k(x_i, y))$ less its mean, with the reference held fixed; both means are taken over at
+    most `INNER_SAMPLES` samples. Resamples themselves would count copies of a sample as pairs of different ones, which the
+    estimate is not made for.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     own = features.select(torch.randperm(len(features), generator=generator)[:INNER_SAMPLES].sort().values.tolist())
     real = reference[torch.randperm(len(reference), generator=generator)[:INNER_SAMPLES]]
     influence = torch.cat([2 * (kernel(x, own).mean(1) - kernel(x, real).mean(1)) for x in features.chunks()]).double()
-    count = len(features)
-    moves = [float((drawn - 1) @ influence) / count for drawn in resampling_counts(resamples, count, seed)]
-    return score + torch.tensor(moves, dtype=torch.float64)
+    return influence - influence.mean()
 
 
 def kid_kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 | name | what | compares with |
 |---|---|---|
 | `mse` | mean squared difference of the end states (latents) | the teacher, sample by sample |
-| `psnr` | peak signal-to-noise ratio of the images, dB | the teacher, sample by sample |
+| `psnr` | peak signal-to-noise ratio of the images, dB; finite also for equal ones | the teacher, sample by sample |
 | `lpips`, `stlpips` | perceptual distances of the images | the teacher, sample by sample |
 | `clip_score` | 100 max(cos(image, prompt), 0) by CLIP | its prompt, sample by sample |
 | `fid` | Frechet distance of features; FID where they are Inception's | a reference |
@@ -14,6 +14,7 @@
 | `fd_dinov2` | Frechet distance of DINOv2's features (Stein et al., arXiv:2306.04675) | a reference, by DINOv2 |
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,17 +27,17 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from .clip_score import CLIPScore
 from .features import INCEPTION, TRANSFORMERS, FeatureNetwork, Features, load_feature_network
 from .features import StoredFeatures as StoredFeatures  # for those who measure
-from .frechet import Moments, frechet_distance, resampled_frechet
-from .inception_score import SPLITS, inception_score
+from .frechet import Moments, frechet_distance, frechet_influence
+from .inception_score import SPLITS, inception_score, inception_score_influence
 from .kernel_distance import (
     CMMD_SCALE,
     SUBSET_SIZE,
     cmmd,
     cmmd_kernel,
+    discrepancy_influence,
     kernel_inception_distances,
     kid_kernel,
     mean_kernel,
-    resampled_discrepancy,
 )
 from .objectives import l2, make_distance
 from .references import Reference, find_reference, load_reference
@@ -120,7 +121,7 @@ class SetMetric(Metric):
         advised: with fewer a warning is due.
         reference: what it compares with; None: nothing.
         function: outputs to the value.
-        resampling: (outputs, resamples, seed) to the values of bootstrap resamples; None: there is none.
+        influence_function: outputs to (n,) first-order influences of the samples on the value, of mean 0.
         instead: what to do where samples are too few, after "sample more".
     """
 
@@ -130,7 +131,7 @@ class SetMetric(Metric):
     advised: int
     reference: Reference | None = None
     function: Callable[[Features], float]
-    resampling: Callable[[Features, int, int], Tensor] | None = None
+    influence_function: Callable[[Features], Tensor]
     instead: str = ""
 
     def score(self, features: Features) -> float:
@@ -138,13 +139,10 @@ class SetMetric(Metric):
         _check_minimum(self, len(features))
         return self.function(features)
 
-    def resampled(self, features: Features, resamples: int, seed: int) -> Tensor | None:
-        """(resamples,) float64, or None where there is no bootstrap.
-
-        The same `seed` draws the same samples of every set of that length: differences between contenders are paired.
-        """
+    def influence(self, features: Features) -> Tensor:
+        """(n,) float64, of mean 0, by which samples are bootstrapped as if each had a value of its own: the value + its influence."""
         _check_minimum(self, len(features))
-        return None if self.resampling is None else self.resampling(features, resamples, seed)
+        return self.influence_function(features)
 
 
 def _check_minimum(metric: SetMetric, count: int) -> None:
@@ -252,7 +250,9 @@ def _mse(samples: Samples, teacher: Samples) -> Tensor:
 
 def _psnr(samples: Samples, teacher: Samples) -> Tensor:
     own, other = samples.images.double(), teacher.images.double()
-    return peak_signal_noise_ratio(own, other, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    found = peak_signal_noise_ratio(own, other, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    # Equal pictures are infinitely good, and one of them would hide all others in a mean: as if one value differed by one level.
+    return found.clamp(max=10 * math.log10(255**2 * own[0].numel()))
 
 
 def _perceptual(name: str, label: str, lpips_net: str, device) -> SampleMetric:
@@ -293,16 +293,13 @@ def _frechet(name: str, network: FeatureNetwork, references: list[Reference]) ->
         instead=", or use kid: the covariance of no more samples than features is singular",
         reference=found,
         function=lambda features: frechet_distance(Moments.of(features.chunks()), found.moments),
-        resampling=lambda features, resamples, seed: resampled_frechet(features, found.moments, resamples, seed),
+        influence_function=lambda features: frechet_influence(features, found.moments),
     )
 
 
 def _kid(network: FeatureNetwork, references: list[Reference]) -> SetMetric:
     found = find_reference(references, network, "kid")
     rows = found.stored_features()
-
-    def score(features: Features) -> float:
-        return float(kernel_inception_distances(features, rows).mean())
 
     return SetMetric(
         name="kid",
@@ -312,10 +309,8 @@ def _kid(network: FeatureNetwork, references: list[Reference]) -> SetMetric:
         minimum=2,
         advised=SUBSET_SIZE,
         reference=found,
-        function=score,
-        resampling=lambda features, resamples, seed: resampled_discrepancy(
-            features, rows, kid_kernel, score(features), resamples, seed
-        ),
+        function=lambda features: float(kernel_inception_distances(features, rows).mean()),
+        influence_function=lambda features: discrepancy_influence(features, rows, kid_kernel),
     )
 
 
@@ -334,6 +329,7 @@ def _inception_score(network: FeatureNetwork) -> SetMetric:
         minimum=SPLITS,
         advised=500 * SPLITS,
         function=inception_score,
+        influence_function=inception_score_influence,
     )
 
 
@@ -345,9 +341,6 @@ def _cmmd(network: FeatureNetwork, references: list[Reference], model: str) -> S
     def within() -> float:
         return mean_kernel(cmmd_kernel, StoredFeatures(rows), StoredFeatures(rows))
 
-    def score(features: Features) -> float:
-        return cmmd(features, rows, within())
-
     return SetMetric(
         name="cmmd",
         label="CMMD" if model == CLIP_MODEL else f"CMMD ({_short(model)})",
@@ -355,8 +348,6 @@ def _cmmd(network: FeatureNetwork, references: list[Reference], model: str) -> S
         minimum=2,
         advised=SUBSET_SIZE,
         reference=found,
-        function=score,
-        resampling=lambda features, resamples, seed: resampled_discrepancy(
-            features, rows, lambda x, y: CMMD_SCALE * cmmd_kernel(x, y), score(features), resamples, seed
-        ),
+        function=lambda features: cmmd(features, rows, within()),
+        influence_function=lambda features: CMMD_SCALE * discrepancy_influence(features, rows, cmmd_kernel),
     )

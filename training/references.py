@@ -7,9 +7,11 @@ float32 of some images, for metrics that compare samples rather than moments. Fi
 their network; one must tell.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,15 @@ class Reference:
     features: Tensor | None = None
     path: str = ""
     declared: str | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal digest of the numbers that it holds."""
+        arrays = [self.moments.mean, self.moments.covariance, *([] if self.features is None else [self.features])]
+        digest = hashlib.sha256(str(self.moments.count).encode())
+        for array in arrays:
+            digest.update(array.contiguous().numpy())
+        return digest.hexdigest()[:16]
 
     def check(self, network: FeatureNetwork) -> None:
         """Raises a `ValueError` unless this was made by `network`: the same one, preprocessing and weights."""

@@ -86,9 +86,11 @@ def sample(args: argparse.Namespace, seeds: list[int], prompts: list[str] | None
             "scheduler_key": sampler_key(contender),
             "num_inference_steps": contender.num_inference_steps,
         }
-        on_main(lambda: begin(folder, request), accelerator)
         samples = SeededSamples(comparison, seeds, prompts, args.batch_size)
-        failed = write_samples(args, comparison, contender, samples, folder, accelerator)
+        # Prompts that the pipeline cannot have, or has to have, are refused before the folder is theirs.
+        shape = comparison.state_shape(samples.conditioning(samples.positions(0), comparison.device))
+        on_main(lambda: begin(folder, request), accelerator)
+        failed = write_samples(args, comparison, contender, samples, shape, folder, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish(args, samples, folder)
@@ -110,6 +112,7 @@ def write_samples(
     comparison: Comparison,
     contender: Contender,
     samples: SeededSamples,
+    shape: tuple[int, ...],
     folder: Path,
     accelerator: Accelerator,
 ) -> int:
@@ -121,7 +124,6 @@ def write_samples(
 
     missing = [batch for batch in range(samples.num_batches) if any(map(is_missing, samples.positions(batch)))]
     accelerator.wait_for_everyone()  # nobody writes before all have seen what is missing
-    shape = comparison.state_shape(samples.conditioning(samples.positions(0), comparison.device))
     if missing:
         rendered(comparison, torch.zeros(1, *shape), 1)  # what cannot be shown is said before it is sampled
     failed = 0

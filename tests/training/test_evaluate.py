@@ -3,7 +3,13 @@
 
 import json
 import math
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 
 import numpy
@@ -15,15 +21,14 @@ from PIL import Image
 from ld3_diffusers import LD3Scheduler
 from tests.schedules import scheduler_with
 from tests.tiny_pipelines import PIPELINES
-from tests.training.test_processes import launch
-from training import evaluate, evaluation_of_pipeline, make_teacher_set
+from tests.training.test_processes import ROOT, launch
+from training import evaluate, evaluation_of_pipeline, evaluation_store, make_teacher_set
 from training.comparison import Comparison, Contender, paired_interval
 from training.contenders import NamedScheduler, stock_contenders
 from training.evaluation import Entrant
-from training.evaluation_results import centred_percentiles
 from training.evaluation_store import PartFeatures, Store
-from training.features import load_feature_network
-from training.frechet import Moments, frechet_distance
+from training.features import StoredFeatures, load_feature_network
+from training.frechet import Moments, frechet_distance, frechet_influence
 from training.references import Reference
 from training.scheduler_specs import parse_scheduler
 from training.teacher_set import TeacherSet
@@ -63,7 +68,7 @@ def arguments(room, output, *more, metrics=("mse",), schedulers=None, nfe=(3, 4)
         "seeds": f"0-{SEEDS - 1}",
     }
     given |= {"guidance_scale": 2, "resolution": 32, "batch_size": 4, "teacher_steps": 6, "save_images": SEEDS}
-    given |= {"feature_network": f"{room}/network.py:moments_of_channels", "blocks": 2, "resamples": 20}
+    given |= {"feature_network": f"{room}/network.py:moments_of_channels", "blocks": 2}
     named = schedulers or [
         str(room / "learned"),
         "UniPCMultistepScheduler:name=UniPC",
@@ -167,6 +172,17 @@ def test_image_metrics_are_those_of_the_pictures_kept(room, whole):
         (own[5:], found["values"]["fid"]["blocks"][1]),
     ):
         assert value == pytest.approx(frechet_distance(Moments.of([network(images)]), real), rel=1e-6)
+    # Each sample's influence beside the value is what is bootstrapped.
+    unipc = pictures(whole / row(results, "UniPC", 3)["images"])
+    values = []
+    for images in (own, unipc):
+        features = network(images)
+        influence = frechet_influence(StoredFeatures(features), real)
+        values.append(frechet_distance(Moments.of([features]), real) + influence)
+    interval = paired_interval(values[0], torch.zeros(SEEDS))[1:]
+    assert found["values"]["fid"]["interval"] == pytest.approx(interval, rel=1e-6)
+    difference = row(results, "UniPC", 3)["values"]["fid"]["difference"]
+    assert difference == pytest.approx(paired_interval(values[1], values[0]), rel=1e-6, abs=1e-6)
 
 
 def test_the_teacher_s_own_schedule_is_no_distance_away(room, tmp_path):
@@ -194,11 +210,6 @@ def test_samples_that_are_not_finite_are_infinitely_far_and_black(room, tmp_path
     assert any("3 of 10 samples of UniPC at 3 evaluations are not finite" in note for note in results["warnings"])
     images = pictures(tmp_path / "out" / found["images"])
     assert images[1].max() == 0 and images[0].max() > 0
-
-
-def test_percentiles_are_centred_on_the_value():
-    replicates = torch.linspace(0, 1, 1001, dtype=torch.float64) + 7
-    assert centred_percentiles(3.0, replicates) == pytest.approx([2.525, 3.475], abs=1e-9)
 
 
 # ---------------------------------------------------------------------- going on
@@ -275,6 +286,24 @@ def test_another_teacher_schedule_is_refused(room, whole, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_an_evaluation_killed_at_a_random_moment_continues_to_the_same_numbers(room, whole, tmp_path):
+    command = arguments(room, tmp_path, "--reference", str(room / "real.npz"), metrics=("mse", "psnr", "fid"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-m", "training.evaluate", *command]
+    program = subprocess.Popen(run, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    parts = random.randint(1, 3 * 6 - 1)  # of 3 of each of the 6 who are measured
+    while program.poll() is None and len(list(tmp_path.glob("work/*/part-*"))) < parts:
+        time.sleep(0.002)
+    program.kill()
+    assert program.wait() == -signal.SIGKILL
+    assert not (tmp_path / "results.json").exists()
+    evaluate.main(command)
+    assert numbers(tmp_path) == numbers(whole)
+    for name in (row(results_of(tmp_path), "learned", 3)["images"], "images/teacher"):
+        assert torch.equal(pictures(tmp_path / name), pictures(whole / name))
+
+
+@pytest.mark.slow
 def test_two_processes_find_the_numbers_of_one(room, whole, tmp_path):
     command = arguments(room, tmp_path, "--reference", str(room / "real.npz"), metrics=("mse", "psnr", "fid"))
     program = launch("-m", "training.evaluate", *command)
@@ -283,7 +312,7 @@ def test_two_processes_find_the_numbers_of_one(room, whole, tmp_path):
     assert numbers(tmp_path) == numbers(whole)
 
 
-def test_stored_features_are_read_as_they_are_asked_for(tmp_path):
+def test_stored_features_are_read_as_they_are_asked_for(tmp_path, monkeypatch):
     store = Store(tmp_path, 7, 3)
     rows = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
     for part in range(store.num_parts):
@@ -294,6 +323,12 @@ def test_stored_features_are_read_as_they_are_asked_for(tmp_path):
     assert torch.equal(features.select([4, 0, 0, 3]), rows[[6, 2, 2, 5]])
     store.write("key", 1, {"more": torch.zeros(3)})
     assert store.columns("key", 1) == {"features", "more"} and store.columns("key", 9) == set()
+    monkeypatch.setattr(evaluation_store, "CHUNK_SIZE", 6)
+    assert [len(chunk) for chunk in features.chunks()] == [4, 1] and torch.equal(
+        torch.cat(list(features.chunks())), rows[2:]
+    )
+    last = PartFeatures(store, "key", "features", range(3, 6))
+    assert torch.equal(torch.cat(list(last.chunks())), rows[3:6])
 
 
 # ---------------------------------------------------------------------- pictures from files
@@ -306,7 +341,7 @@ def test_pictures_in_a_zip_have_the_values_of_those_that_were_sampled(room, whol
             archive.write(file, file.name)
     network = f"{room}/network.py:moments_of_channels"
     given = ["--metrics", "fid", "--feature_network", network, "--reference", str(room / "real.npz"), "--batch_size=3"]
-    images = ["--images", str(tmp_path / "learned.zip"), str(whole / "images" / "teacher"), "--resamples=20"]
+    images = ["--images", str(tmp_path / "learned.zip"), str(whole / "images" / "teacher")]
     evaluate.main([*given, *images, "--output_dir", str(tmp_path / "out"), "--blocks=0"])
     results = results_of(tmp_path / "out")
     zipped, teacher = (row(results, name, None)["values"]["fid"] for name in ("learned.zip", "teacher"))
@@ -314,6 +349,10 @@ def test_pictures_in_a_zip_have_the_values_of_those_that_were_sampled(room, whol
     assert zipped["value"] == pytest.approx(expected["value"], rel=1e-9)
     assert zipped["interval"] == pytest.approx(expected["interval"], rel=1e-9)
     assert teacher["difference"][0] == pytest.approx(teacher["value"] - zipped["value"])  # files of the same names
+    # Other batches are measured anew, and not mixed with those that are there.
+    evaluate.main([*given[:-1], "--batch_size=7", *images, "--output_dir", str(tmp_path / "out"), "--blocks=0"])
+    again = row(results_of(tmp_path / "out"), "learned.zip", None)["values"]["fid"]
+    assert again["value"] == pytest.approx(expected["value"], rel=1e-9)
 
 
 def test_unreadable_pictures_are_named_and_counted(room, whole, tmp_path, capsys):
@@ -321,7 +360,7 @@ def test_unreadable_pictures_are_named_and_counted(room, whole, tmp_path, capsys
     (tmp_path / "images" / "3.png").write_bytes(b"no picture")
     network = f"{room}/network.py:moments_of_channels"
     given = ["--metrics", "fid", "--feature_network", network, "--reference", str(room / "real.npz"), "--blocks=0"]
-    given += ["--images", str(tmp_path / "images"), "--output_dir", str(tmp_path / "out"), "--resamples=0"]
+    given += ["--images", str(tmp_path / "images"), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         evaluate.main(given)
     assert "1 of the images" in capsys.readouterr().err
@@ -341,6 +380,7 @@ def test_unreadable_pictures_are_named_and_counted(room, whole, tmp_path, capsys
         (["--metrics", "fid"], "give --reference"),
         (["--schedulers", "unipc"], "did you mean UniPCMultistepScheduler"),
         (["--nfe", "3", "0"], "--nfe must name different counts"),
+        (["--nfe", "3", "7"], "--nfe 7 is more than the teacher's --teacher_steps 6"),
         (["--seeds=0-3,2"], "gives 2 more than once"),
         (["--solver", "unipc", "--schedulers", "stock"], "none is among --schedulers"),
         (["--blocks=1"], "give 0 or at least 2"),
@@ -353,6 +393,13 @@ def test_what_cannot_be_is_refused_before_the_pipeline_is_loaded(room, tmp_path,
     with pytest.raises(SystemExit) as error:
         evaluate.main(arguments(room, tmp_path / "out", *more))
     assert error.value.code == 2 and sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_prompts_that_are_forgotten_may_be_given_later(room, tmp_path, capsys):
+    command = arguments(room, tmp_path, schedulers=["UniPCMultistepScheduler"], nfe=[3])
+    with pytest.raises(SystemExit):
+        evaluate.main([argument for argument in command if not argument.startswith("--prompts_file")])
+    assert "needs prompts" in capsys.readouterr().err and not (tmp_path / "request.json").exists()
 
 
 def test_too_few_samples_for_a_distance_are_refused_before_the_pipeline_is_loaded(room, tmp_path, capsys, monkeypatch):
@@ -369,7 +416,7 @@ def test_too_few_samples_for_a_distance_are_refused_before_the_pipeline_is_loade
         (["UniPCMultistepScheduler"], ["--subject=ours"], "the subject 'ours' does not take part"),
         (["UniPCMultistepScheduler", "UniPCMultistepScheduler"], [], "tell them apart by name="),
         (["FlowMatchEulerDiscreteScheduler"], [], "for flow models"),
-        (["LEARNED"], ["--nfe", "7"], "has no schedule for any --nfe: no schedule was learned for 7"),
+        (["LEARNED"], ["--nfe", "5"], "has no schedule for any --nfe: no schedule was learned for 5"),
     ],
 )
 def test_schedulers_that_cannot_take_part_are_refused_before_sampling(

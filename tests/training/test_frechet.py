@@ -6,9 +6,9 @@ import scipy.linalg
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from training import frechet
+from training.comparison import paired_interval
 from training.features import StoredFeatures
-from training.frechet import Moments, frechet_distance, resampled_frechet, resampling_counts
+from training.frechet import Moments, frechet_distance, frechet_influence
 
 
 def draw(count: int, dim: int = 6, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -70,57 +70,60 @@ def test_too_few_or_broken_features_are_refused():
     with pytest.raises(ValueError, match="6 <= 6"):
         frechet_distance(large, small)
     with pytest.raises(ValueError, match="6 <= 6"):
-        resampled_frechet(StoredFeatures(draw(6)), large, 2, 0)
+        frechet_influence(StoredFeatures(draw(6)), large)
     with pytest.raises(ValueError, match="6 and 3 dimensions"):
         frechet_distance(large, Moments.of([draw(50, 3)]))
     for chunks, sentence in (([draw(1)], "at least 2"), ([], "at least 2"), ([draw(9) * float("nan")], "not finite")):
         with pytest.raises(ValueError, match=sentence):
             Moments.of(chunks)
     with pytest.raises(ValueError, match="not finite"):
-        resampled_frechet(StoredFeatures(draw(9) * float("inf")), large, 2, 0)
+        frechet_influence(StoredFeatures(draw(9) * float("inf")), large)
 
 
-def test_resamples_are_distances_of_resampled_features():
-    x, reference = draw(60), Moments.of([draw(500, seed=9)])
-    found = resampled_frechet(StoredFeatures(x, chunk_size=17), reference, 3, seed=4)
-    for distance, counts in zip(found, resampling_counts(3, 60, seed=4)):
-        rows = x.repeat_interleave(counts.long(), dim=0)
-        assert len(rows) == 60
-        assert float(distance) == pytest.approx(frechet_distance(Moments.of([rows]), reference), rel=1e-9)
+@pytest.mark.parametrize(("dim", "count"), [(1, 9), (6, 60), (24, 30)])
+def test_influence_is_the_derivative_in_the_samples_weights(dim, count):
+    x, reference = draw(count, dim, shift=0.3), Moments.of([draw(500, dim, seed=9)])
+    weights = torch.full((count,), 1 / count, dtype=torch.float64, requires_grad=True)
+    shares = weights / weights.sum()
+    mean = shares @ x.double()
+    z = x.double() - mean
+    covariance = (z.T * shares) @ z * count / (count - 1)
+    values, vectors = torch.linalg.eigh(reference.covariance)
+    root = vectors * values.sqrt() @ vectors.T
+    trace = torch.linalg.eigvalsh(root @ covariance @ root).sqrt().sum()
+    distance = (mean - reference.mean).square().sum() + covariance.trace() + reference.covariance.trace() - 2 * trace
+    assert float(distance.detach()) == pytest.approx(frechet_distance(Moments.of([x]), reference), rel=1e-9)
+    (gradient,) = torch.autograd.grad(distance, weights)
+    found = frechet_influence(StoredFeatures(x, chunk_size=17), reference)
+    torch.testing.assert_close(found, gradient, rtol=1e-7, atol=1e-7 * float(gradient.abs().max()))
 
 
-def test_resamples_do_not_depend_on_memory_or_their_number(monkeypatch):
-    x, reference = StoredFeatures(draw(60)), Moments.of([draw(500, seed=9)])
-    together = resampled_frechet(x, reference, 5, seed=0)
-    monkeypatch.setattr(frechet, "RESAMPLING_MEMORY", 1)
-    assert torch.allclose(resampled_frechet(x, reference, 5, seed=0), together, rtol=1e-12)
-    assert torch.allclose(resampled_frechet(x, reference, 2, seed=0), together[:2], rtol=1e-12)
-    assert not torch.allclose(resampled_frechet(x, reference, 5, seed=1), together)
+def test_directions_that_nothing_varies_in_have_no_influence():
+    x = torch.cat([draw(60), torch.zeros(60, 1)], 1)
+    flat = Moments.of([torch.cat([draw(500, seed=9), torch.zeros(500, 1)], 1)])
+    found = frechet_influence(StoredFeatures(x), flat)
+    torch.testing.assert_close(found, frechet_influence(StoredFeatures(x[:, :6]), Moments.of([draw(500, seed=9)])))
 
 
 def test_equal_contenders_have_no_paired_difference_and_near_ones_a_small_one():
     reference = Moments.of([draw(2000, seed=9)])
     x = draw(300, shift=0.1)
-    better = x + 0.02 * draw(300, seed=7)
-    a, again, b = (resampled_frechet(StoredFeatures(z), reference, 50, 0) for z in (x, x.clone(), better))
-    unpaired = resampled_frechet(StoredFeatures(better), reference, 50, 1)
+    near, other = x + 0.02 * draw(300, seed=7), draw(300, shift=0.1, seed=8)
+    a, again, b, c = (frechet_influence(StoredFeatures(z), reference) for z in (x, x.clone(), near, other))
     assert torch.equal(a, again)
-    assert float((a - b).std()) < 0.5 * float((a - unpaired).std())
+    assert float((a - b).std()) < 0.5 * float((a - c).std())
 
 
-def test_spread_of_resamples_is_that_of_fresh_sets():
-    """The bootstrap's standard deviation is the sampling one; an interval about the score covers a big set's distance."""
+def test_an_interval_by_influences_covers_a_big_sets_distance_and_is_as_wide_as_fresh_sets_scatter():
     reference = Moments.of([draw(20000, dim=3, seed=9)])
-    fresh = torch.tensor(
-        [frechet_distance(Moments.of([draw(400, 3, shift=0.3, seed=100 + k)]), reference) for k in range(200)]
-    )
+    sets = [draw(400, 3, shift=0.3, seed=100 + k) for k in range(200)]
+    fresh = torch.tensor([frechet_distance(Moments.of([x]), reference) for x in sets], dtype=torch.float64)
     truth = frechet_distance(Moments.of([draw(200000, 3, shift=0.3, seed=77)]), reference)
     spreads, covered = [], 0
-    for k in range(20):
-        x = StoredFeatures(draw(400, 3, shift=0.3, seed=100 + k))
-        resamples = resampled_frechet(x, reference, 100, 0)
-        spreads.append(float(resamples.std()))
-        low, high = (2 * fresh[k] - resamples.quantile(q) for q in (0.975, 0.025))
-        covered += bool(low <= truth <= high)
-    assert sum(spreads) / 20 == pytest.approx(float(fresh.std()), rel=0.15)
-    assert covered >= 16  # of 20 at 95 %: fewer has a probability of 0.003
+    for x, distance in zip(sets[:40], fresh):
+        influence = frechet_influence(StoredFeatures(x), reference)
+        spreads.append(float(influence.std()) / 20)
+        _, low, high = paired_interval(distance + influence, torch.zeros(400))
+        covered += low <= truth <= high
+    assert sum(spreads) / 40 == pytest.approx(float(fresh.std()), rel=0.15)
+    assert covered >= 34  # of 40 at 95 %: fewer has a probability of 0.003

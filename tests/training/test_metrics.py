@@ -24,14 +24,14 @@ from transformers import (
 )
 
 from training.features import StoredFeatures, load_feature_network
-from training.frechet import Moments, resampling_counts
-from training.inception_score import inception_score
+from training.frechet import Moments
+from training.inception_score import inception_score, inception_score_influence
 from training.kernel_distance import (
     cmmd,
     cmmd_kernel,
+    discrepancy_influence,
     kernel_inception_distances,
     kid_kernel,
-    resampled_discrepancy,
 )
 from training.metrics import METRICS, Samples, count_warnings, make_metrics
 from training.objectives import make_distance
@@ -95,7 +95,8 @@ def test_distances_to_the_teacher_by_their_formulas():
     expected = distance(own.images / 127.5 - 1, teacher.images / 127.5 - 1)
     assert torch.allclose(stlpips.measure(own, teacher), expected.double(), rtol=1e-5)
     assert mse.measure(own, own).tolist() == [0.0] * 6
-    assert psnr.measure(own, own).tolist() == [math.inf] * 6
+    # Equal pictures: as if one of all values differed by one.
+    assert psnr.measure(own, own).tolist() == pytest.approx([10 * math.log10(255**2 * 3 * 32 * 32)] * 6)
     assert psnr.higher_is_better and not mse.higher_is_better
     for metric in (mse, psnr, stlpips):
         assert metric.measure(own, teacher).dtype == torch.float64
@@ -189,19 +190,33 @@ def test_cmmd_is_its_formula():
 
 
 @pytest.mark.parametrize("kernel", [cmmd_kernel, kid_kernel])
-def test_resampled_discrepancies_are_first_order_of_the_true_ones(kernel):
-    """Against the V-statistic of the drawn samples itself; the rest is of second order."""
+def test_influence_on_a_discrepancy_is_the_derivative_in_the_samples_weights(kernel):
+    """Of the estimate with all pairs; the unbiased one differs by 1 / n."""
     x, y = rows(200, shift=0.7), rows(300, seed=1)
+    weights = torch.full((200,), 1 / 200, dtype=torch.float64, requires_grad=True)
+    shares = weights / weights.sum()
+    discrepancy = shares @ kernel(x, x) @ shares + kernel(y, y).mean() - 2 * shares @ kernel(x, y).mean(1)
+    (gradient,) = torch.autograd.grad(discrepancy, weights)
+    found = discrepancy_influence(StoredFeatures(x, chunk_size=70), y, kernel)
+    torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
 
-    def discrepancy(weights):
-        return float(weights @ kernel(x, x) @ weights + kernel(y, y).mean() - 2 * weights @ kernel(x, y).mean(1))
 
-    score = discrepancy(torch.full((200,), 1 / 200, dtype=torch.float64))
-    found = resampled_discrepancy(StoredFeatures(x, chunk_size=70), y, kernel, score, 200, seed=5)
-    true = torch.tensor([discrepancy(counts / 200) for counts in resampling_counts(200, 200, seed=5)])
-    assert float(torch.corrcoef(torch.stack([found, true]))[0, 1]) > 0.95
-    assert float(found.std()) == pytest.approx(float(true.std()), rel=0.2)
-    assert float(found.mean()) == pytest.approx(score, abs=3 * float(found.std()) / 200**0.5)
+@pytest.mark.parametrize("count", [57, 105])
+def test_influence_on_the_inception_score_is_the_derivative_in_the_samples_weights(count):
+    logits = 2 * rows(count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    p = logits.double().softmax(1)
+    weights = torch.full((count,), 1 / count, dtype=torch.float64, requires_grad=True)
+    scores = []
+    for members in order.split(-(-count // 10)):
+        shares = weights[members] / weights[members].sum()
+        mean = shares @ p[members]
+        scores.append((shares @ (p[members] * (p[members] / mean).log()).sum(1)).exp())
+    score = torch.stack(scores).mean()
+    assert inception_score(StoredFeatures(logits)) == pytest.approx(float(score.detach()), rel=1e-9)
+    (gradient,) = torch.autograd.grad(score, weights)
+    found = inception_score_influence(StoredFeatures(logits, chunk_size=8))
+    torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------------- by name
@@ -224,9 +239,9 @@ def test_metrics_of_the_shipped_classifier():
     # Real images are far nearer to the 60,000 than the teachers' samples, which are at 0.7 and 0.9.
     assert fid.score(features) < 0.1
     assert abs(1e3 * kid.score(StoredFeatures(stored[:300]))) < 10
-    assert torch.equal(fid.resampled(features, 2, 0), fid.resampled(StoredFeatures(stored.clone()), 2, 0))
-    assert kid.resampled(features, 3, 0).shape == (3,)
-    assert score.resampled(features, 3, 0) is None
+    for metric, outputs in ((fid, features), (kid, features), (score, StoredFeatures(rows(40, 10)))):
+        influence = metric.influence(outputs)
+        assert influence.shape == (len(outputs),) and abs(float(influence.mean())) < 1e-9
 
 
 def test_few_samples_warn_and_too_few_are_refused():
@@ -238,7 +253,7 @@ def test_few_samples_warn_and_too_few_are_refused():
     for act in (
         lambda: count_warnings(metrics, 96),
         lambda: metrics[1].score(StoredFeatures(rows(96, 96))),
-        lambda: metrics[1].resampled(StoredFeatures(rows(96, 96)), 2, 0),
+        lambda: metrics[1].influence(StoredFeatures(rows(96, 96))),
     ):
         with pytest.raises(
             ValueError, match="undefined for 96 samples, it needs at least 97; sample more, or use kid"
@@ -268,7 +283,9 @@ def test_cmmd_and_dinov2_find_their_references(clip, tmp_path):
     assert by_clip.score(StoredFeatures(by_clip.network(real))) == pytest.approx(0, abs=1e-6)
     assert by_dinov2.score(StoredFeatures(by_dinov2.network(real))) == pytest.approx(0, abs=1e-6)
     assert by_clip.score(StoredFeatures(by_clip.network(255 - real // 2))) > 1e-3
-    assert by_clip.resampled(StoredFeatures(by_clip.network(real)), 4, 0).shape == (4,)
+    features = by_clip.network(255 - real // 2)
+    expected = 1000 * discrepancy_influence(StoredFeatures(features), by_clip.reference.features, cmmd_kernel)
+    assert torch.equal(by_clip.influence(StoredFeatures(features)), expected)
     with pytest.raises(ValueError, match=r"cmmd: the reference .*dinov2.npz' was made by Dinov2Model"):
         make_metrics(["cmmd"], reference=[files[1], STATISTICS], **options)
     with pytest.raises(ValueError, match="are all of the feature network"):

@@ -107,6 +107,15 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(room, tmp_path, cap
     assert error.value.code == 2 and sentence in capsys.readouterr().err
 
 
+def test_prompts_that_are_forgotten_may_be_given_later(room, tmp_path, capsys):
+    command = arguments(room, tmp_path / "out", seeds="0")
+    with pytest.raises(SystemExit):
+        sample.main([argument for argument in command if not argument.startswith("--prompts_file")])
+    assert "needs prompts" in capsys.readouterr().err
+    sample.main(command)
+    assert pixels(tmp_path / "out", 0).max() > 0
+
+
 def test_a_folder_is_not_continued_with_other_settings(room, tmp_path, capsys):
     sample.main(arguments(room, tmp_path / "out", seeds="0"))
     with pytest.raises(SystemExit):
