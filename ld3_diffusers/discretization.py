@@ -120,8 +120,9 @@ DISCRETIZATIONS = {
 # Infinite noise levels at one end leave these nothing to divide evenly.
 _NEEDS_FINITE_START = {"polynomial", "logsnr", "time_uniform_vp"}
 _NEEDS_POSITIVE_END = {"logsnr", "time_uniform_vp", "dmn"}
-# Grids whose last level was published, or is meant, to be replaced by 0 where sampling ends in clean data.
-_ENDS_FOR_ZERO = set(_AYS)
+# Grids whose last level was published, or is meant, to be replaced by 0 where sampling ends in clean data: DMN's are optimised for
+# a solver that takes all N steps, and few-step ones are several times nearer to a teacher so than with a step to spare for 0.
+_ENDS_FOR_ZERO = {*_AYS, "dmn"}
 
 
 def discretization(
@@ -205,7 +206,7 @@ def discretization_to_zero(
     Args:
         name, path, num_steps, options: as for [`discretization`].
         before_zero: True: one step fewer leads to `t_min`, then comes the step to 0. False: 0 takes the place of `t_min`
-            in the grid of `num_steps` steps. None: as the grid is meant; False for AYS, else True. One step is [t_max, 0].
+            in the grid of `num_steps` steps. None: as the grid is meant; False for AYS and DMN, else True. One step is [t_max, 0].
 
     Raises:
         ValueError: as [`discretization`], and for a single step that was asked to come after `t_min`.

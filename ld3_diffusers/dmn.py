@@ -19,6 +19,7 @@ $H_0 = e^h - 1$, $H_1 = h e^h - H_0$, $H_2 = h^2 e^h - 2 H_1$.
 
 import math
 import warnings
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -106,13 +107,19 @@ def dmn(
     ends = path.lam(float64([float(start), float(t_min)]))
     ramp = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     lam = ends[0] + ramp * (ends[1] - ends[0]) if path.kind == "ve" else path.lam(start + ramp * (t_min - start))
-    if num_steps > 1:
-        found = [_minimum(lam, MOVED_BY * run, latent) for run in (0, 1)]
-        if not torch.allclose(*found, rtol=0, atol=1e-5):
-            found += [_minimum(lam, MOVED_BY * run, latent) for run in range(2, RUNS)]
-        lam = torch.stack(found).median(dim=0).values
-    times = path.inverse_lam(lam)
+    times = path.inverse_lam(float64(_median_minimum(tuple(lam.tolist()), latent)))
     return torch.cat([float64(t_max)[None], times[1:]])
+
+
+@lru_cache(maxsize=256)  # a scheduler asks again for every picture
+def _median_minimum(lam: tuple[float, ...], latent: bool) -> tuple[float, ...]:
+    start = float64(lam)
+    if len(lam) == 2:
+        return lam
+    found = [_minimum(start, MOVED_BY * run, latent) for run in (0, 1)]
+    if not torch.allclose(*found, rtol=0, atol=1e-5):
+        found += [_minimum(start, MOVED_BY * run, latent) for run in range(2, RUNS)]
+    return tuple(torch.stack(found).median(dim=0).values.tolist())
 
 
 def _minimum(lam: Tensor, moved: float, latent: bool) -> Tensor:

@@ -140,6 +140,8 @@ def test_two_ways_to_clean_data():
     assert discretization_to_zero("logsnr", path, 5, before_zero=True).tolist() == before
     assert discretization_to_zero("logsnr", path, 5, before_zero=False).tolist() == instead
     assert discretization_to_zero("polynomial", path, 1, rho=3).tolist() == [80.0, 0.0]
+    whole = discretization("dmn", path, 4).tolist()
+    assert discretization_to_zero("dmn", path, 4).tolist() == [*whole[:-1], 0.0]
     with pytest.raises(ValueError, match="use more steps"):
         discretization_to_zero("logsnr", path, 1, before_zero=True)
     with pytest.raises(ValueError, match="positive integer"):

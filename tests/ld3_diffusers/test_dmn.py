@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ld3_diffusers.discretization import discretization
-from ld3_diffusers.dmn import dmn_objective
+from ld3_diffusers.dmn import _median_minimum, dmn_objective
 from ld3_diffusers.noise_path import VE, RectifiedFlow, VPDiscrete, VPLinear
 
 
@@ -108,5 +108,6 @@ def test_dmn_objective_is_the_integral_it_claims(steps, latent):
 
 def test_dmn_without_scipy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    _median_minimum.cache_clear()
     with pytest.raises(ImportError, match="pip install scipy"):
         discretization("dmn", VPLinear(), 5)
