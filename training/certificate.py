@@ -54,6 +54,12 @@ def entry_hash(entry: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def how_made(entries: dict[str, dict]) -> str:
+    """In a word: "searched" if all of these schedules come from a search program, "learned", or what both are."""
+    words = {"searched" if "search" in (entry.get("provenance") or {}) else "learned" for entry in entries.values()}
+    return words.pop() if len(words) == 1 else "learned or searched"
+
+
 def solver_facts(entry: dict[str, Any]) -> dict[str, Any]:
     """The solver of a schedule with its options, defaults filled in."""
     spec = Schedule.from_dict(entry).spec
@@ -79,7 +85,7 @@ def shared_facts(entries: dict[str, dict]) -> dict[str, Any]:
         facts = {**{name: made.get(name) for name in SHARED}, **solver_facts(entry)}
         for name in ("teacher_digest", "pipeline", "dtype", "teacher_solver", "teacher_steps"):
             if facts[name] is None:
-                raise ValueError(f"the schedule for {nfe} evaluations does not name its {name}; learn it again")
+                raise ValueError(f"the schedule for {nfe} evaluations does not name its {name}; make it again")
         first = first or facts
         different = [name for name in facts if facts[name] != first[name]]
         if different:
@@ -103,7 +109,7 @@ def _check_learned_on(nfe, made: dict[str, Any]) -> None:
     except (TypeError, KeyError, ValueError):
         raise ValueError(
             f"the schedule for {nfe} evaluations does not say which seeds and prompts it was learned on, so unseen ones cannot be "
-            "told; learn it again with this version of train_ld3"
+            "told; make it again with this version of train_ld3, search_gits or search_oss"
         ) from None
 
 

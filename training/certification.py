@@ -24,7 +24,7 @@ from ld3_diffusers.schedulers.learned import check_model
 
 from .arguments import parse
 from .call_settings import call_settings
-from .certificate import entry_hash, solver_facts
+from .certificate import entry_hash, how_made, solver_facts
 from .comparison import Comparison, Contender, best_by_name
 from .contenders import stock_contenders
 from .make_teacher_set import encode_and_sample, parser, request, teacher_scheduler
@@ -127,7 +127,8 @@ def measure(
         check_model(scheduler.config, comparison.scheduler.config)  # the digest is of the weights alone
         solver = solver_facts(entry)
         setting = solver["solver"] + (f" {solver['solver_order']}" if solver["solver_order"] else "")
-        result[nfe] = Contender("learned", scheduler, int(nfe), setting), list(stock_contenders(stock, int(nfe)))
+        subject = Contender(how_made({nfe: entry}), scheduler, int(nfe), setting)
+        result[nfe] = subject, list(stock_contenders(stock, int(nfe)))
     batch_size = pairs.provenance["shard_size"]
     jobs = [(nfe, contender) for nfe, (learned, others) in result.items() for contender in (learned, *others)]
     batches = -(-len(pairs) // batch_size)
@@ -143,7 +144,7 @@ def measure(
             contender.num_inference_steps,
             dict(stock),
         ]
-        if contender.name == "learned":
+        if contender is result[nfe][0]:
             identity.append(entry_hash(config["schedules"][nfe]))
         file = work / "distances" / f"{_digest(identity)}.json"
         progress.set_postfix_str(f"{nfe} evaluations, {contender.label}", refresh=False)
@@ -157,8 +158,10 @@ def measure(
                 write_whole(file, lambda path, found=found: path.write_text(json.dumps(found)))
         contender.evaluations = found["evaluations"]
         contender.distances = torch.tensor(found["distances"], dtype=torch.float64)
-        if contender.name == "learned" and contender.mean == math.inf:
-            raise ValueError(f"at {nfe} evaluations samples of the learned schedule are not finite; learn it again")
+        if contender is result[nfe][0] and contender.mean == math.inf:
+            raise ValueError(
+                f"at {nfe} evaluations samples of the {contender.name} schedule are not finite; make another one"
+            )
         progress.update(done * batches - progress.n)  # of several processes each sees only its own batches
     progress.close()
     return result
@@ -178,7 +181,7 @@ def _stored(file: Path, samples: int) -> dict[str, Any] | None:
 
 
 def draw(comparison: Comparison, pairs: TeacherSet, learned: Contender, stock: list[Contender], folder: Path) -> None:
-    """`samples.png` (teacher, best stock, learned; not of videos) and `schedules.png`.
+    """`samples.png` (teacher, best stock, the schedule itself; not of videos) and `schedules.png`.
 
     One that cannot be drawn, for lack of memory or of a decoder, is left out: what was measured is worth more than its pictures.
     """

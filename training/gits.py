@@ -24,7 +24,6 @@ from .trajectory import Trajectory
 METRICS = ("dev", "l1", "l2")
 COEFF = 1.15  # the authors' for EDM's models
 COEFFS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2)  # those for which they print schedules
-PRODUCT_ROWS = 16  # rows of the matrix products that are taken at once
 
 
 def cost_sums(trajectory: Trajectory, metric: str = "dev") -> Tensor:
@@ -68,16 +67,12 @@ def _deviations(jump: Tensor, states: Tensor, derivatives: Tensor, slope: Tensor
 
 
 def _euclidean(jump: Tensor, states: Tensor, derivatives: Tensor, _slope: Tensor) -> Tensor:
-    between, along = torch.zeros_like(jump), torch.zeros_like(jump)
-    for first in range(0, len(jump), PRODUCT_ROWS):  # of the products only those with j >= i
-        some = slice(first, first + PRODUCT_ROWS)
-        torch.mm(states[:-1][some], states[first:].mT, out=between[some, first:])
-        torch.mm(derivatives[some], states[first:].mT, out=along[some, first:])
+    between, along = states[:-1] @ states.mT, derivatives @ states.mT
     own, started, moved = _squares(states), along.diagonal()[:, None], _squares(derivatives)[:, None]
     square = own[:-1, None] + own - 2 * between + 2 * jump * (started - along) + jump**2 * moved
     rows = square.clamp(min=0).sqrt()
     # Jumps to the next level are the teacher's own to first order: too close for a difference of products.
-    landed = derivatives.mul_(jump.diagonal(1)[:, None]).add_(states[:-1]).sub_(states[1:])
+    landed = torch.addcmul(states[:-1], derivatives, jump.diagonal(1)[:, None], out=derivatives).sub_(states[1:])
     rows.diagonal(1).copy_(torch.linalg.vector_norm(landed, dim=-1))
     return rows
 

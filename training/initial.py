@@ -45,8 +45,9 @@ def grid_schedule(
     """The schedule of a named grid for `nfe` evaluations.
 
     Args:
-        name: a discretization ("poly" with rho 3, "flow_linear" with shift 3), perhaps followed by "_before_zero"; "stock", "stock_karras", "stock_exponential": what
-            Diffusers makes of `stock_config`, on discrete variance-preserving paths.
+        name: a discretization ("poly" with rho 3, "flow_linear" with shift 3), perhaps followed by "_before_zero";
+            "stock", "stock_karras", "stock_exponential": what Diffusers makes of `stock_config`, on discrete
+            variance-preserving paths.
         final_sigmas_type: "zero" ends in clean data, "sigma_min" at `path.t_min`.
         final: take no resolution shift, see [`Schedule`].
 

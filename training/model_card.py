@@ -9,12 +9,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from ld3_diffusers.hub import NFE_TAG, SCHEDULE_TAG
 
 from .call_settings import CALL_SETTINGS
-from .certificate import contenders
+from .certificate import contenders, how_made
 from .comparison import CONFIDENCE, best_by_name, paired_interval
 from .published import PICTURES, Repository, Variant
 
 
-LD3 = "https://arxiv.org/abs/2405.15506"
+# by the recipe that a schedule names
+SEARCHES = {"gits": ("GITS", "https://arxiv.org/abs/2405.11326"), "oss": ("OSS", "https://arxiv.org/abs/2503.21774")}
+LD3 = ("LD3", "https://arxiv.org/abs/2405.15506")
+NOUNS = {"learned": "learning", "searched": "the search"}
 LIMITS = """- A schedule belongs to this model, dtype, guidance scale, resolution and solver, and to its number of evaluations; nothing was
   measured for fine-tuned models.
 - It imitates the teacher's long schedule from the same noise. What was measured is the distance to its end points, not how
@@ -44,16 +47,20 @@ def model_card(repository: Repository, repo_id: str, license: str) -> str:
         ],
     )
     name = base_model or root["teacher"]["name"]
+    every = {f"{v}/{nfe}": entry for v in repository for nfe, entry in repository[v].config["schedules"].items()}
+    made, methods = how_made(every), {_method(entry) for entry in every.values()}
+    chosen = "when the solver steps" + (" and what time the network is told" if LD3 in methods else "")
+    sources = ", ".join(f"[{method}]({address})" for method, address in sorted(methods))
     parts = [
-        f"# Learned schedules for {name}",
-        f"{_numbers(counts)} network evaluations instead of {root['teacher_schedule']['steps']}: when the solver steps and what "
-        f"time the network is told, learned ([LD3]({LD3})) through `{root['pipeline']}` and saved as a scheduler config of "
+        f"# {made.capitalize()} schedules for {name}",
+        f"{_numbers(counts)} network evaluations instead of {root['teacher_schedule']['steps']}: {chosen}, {made} ({sources}) through "
+        f"`{root['pipeline']}` and saved as a scheduler config of "
         "`ld3_diffusers`. The model's weights, prompts and code stay as they are.",
         "## Use",
         _usage(repository, name, repo_id),
         _variants(repository),
         "## Measured",
-        _measured_how(root),
+        _measured_how(root, NOUNS.get(made, "learning or search")),
         *(_table(variant_name, variant) for variant_name, variant in repository.items()),
         *(_pictures(variant_name, variant) for variant_name, variant in repository.items()),
         "## Where they come from",
@@ -65,6 +72,11 @@ def model_card(repository: Repository, repo_id: str, license: str) -> str:
     ]
     text = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _method(entry: dict[str, Any]) -> tuple[str, str]:
+    """Name of a schedule's method, and the address of its paper."""
+    return SEARCHES.get((entry.get("provenance") or {}).get("recipe"), LD3)
 
 
 def _numbers(values: list[int]) -> str:
@@ -80,7 +92,7 @@ def _usage(repository: Repository, name: str, repo_id: str) -> str:
     return (
         "With ld3_diffusers installed:\n\n```python\n"
         + usage_code(root, name, repo_id)
-        + "\n```\n\n`num_inference_steps` is the number of network evaluations; one that was not learned is refused."
+        + "\n```\n\n`num_inference_steps` is the number of network evaluations; one without a schedule is refused."
     )
 
 
@@ -131,11 +143,11 @@ def _settings(certificate: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- measured
 
 
-def _measured_how(root: dict[str, Any]) -> str:
+def _measured_how(root: dict[str, Any], making: str) -> str:
     steps = root["teacher_schedule"]["steps"]
     return (
         f"Mean squared distance (x 1e-3) of the end states to those of the teacher's {steps} evaluations, from the same noises, on "
-        "seeds that learning never saw, and where there are prompts, on prompts that it never saw. Best stock: the nearest of the stock "
+        f"seeds that {making} never saw, and where there are prompts, on prompts that it never saw. Best stock: the nearest of the stock "
         "schedulers of Diffusers with the best of their timestep spacings, chosen on these very samples; stock Heun makes an odd number "
         f"of evaluations, so it gets one more at even counts. In brackets the {100 * CONFIDENCE:.0f} % bootstrap interval of the mean "
         "difference. Distances of every sample and every scheduler stand in `certificate.json`."
@@ -143,11 +155,11 @@ def _measured_how(root: dict[str, Any]) -> str:
 
 
 def _table(name: str, variant: Variant) -> str:
-    certificate = variant.certificate
+    certificate, made = variant.certificate, how_made(variant.config["schedules"])
     rows = [
         f"**{_solver(certificate)}**, {_settings(certificate)}" + (f" (`subfolder={name!r}`)" if name else ""),
         "",
-        "| evaluations | learned | best stock | scheduler | stock - learned | samples |",
+        f"| evaluations | {made} | best stock | scheduler | stock - {made} | samples |",
         "|---|---|---|---|---|---|",
     ]
     for nfe, record in certificate["counts"].items():
@@ -163,8 +175,9 @@ def _table(name: str, variant: Variant) -> str:
 
 def _pictures(name: str, variant: Variant) -> str:
     prefix, least = f"{name}/" if name else "", min(map(int, variant.certificate["counts"]))
+    made = how_made({least: variant.config["schedules"][str(least)]})
     about = {
-        "samples.png": f"Samples at {least} evaluations: teacher, best stock, learned",
+        "samples.png": f"Samples at {least} evaluations: teacher, best stock, {made}",
         "schedules.png": f"Noise levels and network times at {least} evaluations",
     }
     return "\n\n".join(f"![{about[file]}]({prefix}{file})" for file in PICTURES if file in variant.pictures)
@@ -186,10 +199,11 @@ def _provenance(name: str, variant: Variant) -> str:
     for nfe, record in certificate["counts"].items():
         made, run = schedules[nfe].get("provenance") or {}, certificate["runs"][record["run"]]
         pairs = f"{made.get('train_pairs', '?')} + {made.get('valid_pairs', '?')} pairs"
+        won = f", taken: {made['won']}" if "won" in made else ""
         unseen = " and ".join(run["disjoint"])
         left_out = f"; seen prompts left out: {run['left_out']}" if run["left_out"] else ""
         lines.append(
-            f"- {nfe} evaluations: learned on {pairs}, recipe {made.get('recipe', '?')}; judged on seeds {run['seeds'][0]} to "
+            f"- {nfe} evaluations: {how_made({nfe: schedules[nfe]})} on {pairs}, recipe {made.get('recipe', '?')}{won}; judged on seeds {run['seeds'][0]} to "
             f"{run['seeds'][1]} (unseen: {unseen}{left_out}) with Diffusers {run['versions'].get('diffusers', '?')} on "
             f"{run['device']}, {run['date'][:10]}"
         )

@@ -21,7 +21,7 @@ from ld3_diffusers import Schedule
 from ld3_diffusers.step_table import conversion
 
 from .conditioning import Conditioning
-from .trajectory import calculating_device
+from .trajectory import flat
 
 
 COST_POWER = 2.0
@@ -64,11 +64,11 @@ def optimal_paths(
     first_output: list[Tensor] = []
 
     def keep(i: int, state: Tensor, output: Tensor, result: Tensor) -> None:
-        raw.append(_flat(state))
+        raw.append(flat(state))
         if i == 0:
-            first_output.append(_flat(output))
+            first_output.append(flat(output))
         if i == teacher.nfe - 1:
-            raw.append(_flat(result))
+            raw.append(flat(result))
 
     rollout.visit(teacher, noise, conditioning, keep)
     path, table = rollout.path, teacher.table(rollout.path, mu=rollout.mu)
@@ -101,7 +101,7 @@ def optimal_paths(
         def improve(i: int, state: Tensor, output: Tensor, result: Tensor) -> Tensor | None:
             # The starting noise itself has jumped in the first round.
             if i > 0:
-                landed = jumps(i, _flat(state), _flat(output))
+                landed = jumps(i, flat(state), flat(output))
                 cost = costs(landed, i)
                 better = cost < best[:, i + 1 :]
                 best[:, i + 1 :] = torch.where(better, cost, best[:, i + 1 :])
@@ -112,10 +112,6 @@ def optimal_paths(
         rollout.visit(teacher, noise, conditioning, improve)
         origins.append(origin)
     return _traced_back([origin.cpu() for origin in origins])
-
-
-def _flat(state: Tensor) -> Tensor:
-    return state.to(calculating_device(state)).flatten(1).double()
 
 
 def _traced_back(origins: list[Tensor]) -> Tensor:
@@ -131,8 +127,8 @@ def _traced_back(origins: list[Tensor]) -> Tensor:
 def combined_path(paths: Tensor, num_levels: int) -> list[int]:
     """One list of level indices for all samples: at each position the middle of the sorted ones.
 
-    Of an even number it is the mean of the two middle ones, rounded towards clean data, as the authors number levels. Levels that still coincide, because some
-    samples wanted fewer steps, are moved to the next free ones.
+    Of an even number it is the mean of the two middle ones, rounded towards clean data, as the authors number levels.
+    Levels that still coincide, because some samples wanted fewer steps, are moved to the next free ones.
 
     Args:
         paths: (samples, steps + 1) of [`optimal_paths`].

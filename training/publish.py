@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Certify learned schedules and publish them; or verify what somebody published.
+"""Certify learned or searched schedules and publish them; or verify what somebody published.
 
     accelerate launch -m training.publish --schedules outputs/my-schedule --teacher examples/teachers/fashion-sd \\
         --prompts_file held_out.txt --push_to_hub --hub_model_id user/schedules
     accelerate launch -m training.publish --verify user/schedules
 
-Certifying compares the schedules of train_ld3's output folder with every stock scheduler of Diffusers, from noises and prompts that
+Certifying compares the schedules in the output folder of train_ld3 or of a search with every stock scheduler of Diffusers, from noises and prompts that
 learning never saw. A folder in which some count does not win against all of them, beyond the 95 % interval, is not published. What is
 published is the scheduler config, a certificate with all distances, and a card written from it; without --push_to_hub the repository
 is a folder. Verifying measures a published certificate again. An interrupted run continues when it is started again.
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "publish", description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--schedules", help="train_ld3's output folder, to certify and publish")
+    p.add_argument("--schedules", help="output folder of train_ld3 or of a search, to certify and publish")
     p.add_argument(
         "--verify", metavar="REPOSITORY", help="or: Hub id or folder of published schedules, to measure again"
     )
@@ -157,11 +157,13 @@ def learned_config(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(args.schedules)
     scheduler = existing(folder)
     if scheduler is None or not scheduler.learned_counts:
-        raise ValueError(f"the folder {args.schedules!r} holds no learned schedules; give train_ld3's --output_dir")
+        raise ValueError(
+            f"the folder {args.schedules!r} holds no schedules; give the --output_dir of train_ld3 or of a search"
+        )
     missing = sorted(set(args.nfe or []) - set(scheduler.learned_counts))
     if missing:
         known = ", ".join(map(str, scheduler.learned_counts))
-        raise ValueError(f"--nfe {missing[0]}: no schedule was learned for it; the folder has {known}")
+        raise ValueError(f"--nfe {missing[0]}: there is no schedule for it; the folder has {known}")
     chosen = {str(nfe): scheduler.config.schedules[str(nfe)] for nfe in sorted(args.nfe or scheduler.learned_counts)}
     return {**scheduler.config, "schedules": chosen}
 
@@ -281,16 +283,14 @@ def refuse_losses(measured: Measured) -> None:
     said = []
     for nfe, others in lost.items():
         for other, (mean, low, high) in others[:1]:
-            own = measured[nfe][0].mean
+            own = measured[nfe][0]
             said.append(
-                f"at {nfe} evaluations {other.label} has {1e3 * other.mean:.4g}, learned {1e3 * own:.4g}, difference "
+                f"at {nfe} evaluations {other.label} has {1e3 * other.mean:.4g}, {own.name} {1e3 * own.mean:.4g}, difference "
                 f"{1e3 * mean:+.4g} [{1e3 * low:+.4g}, {1e3 * high:+.4g}] (x 1e-3)"
             )
     if said:
         winning = " ".join(nfe for nfe in lost if not lost[nfe])
-        fix = (
-            f"publish only those that win, with --nfe {winning}" if winning else "learn with more pairs or iterations"
-        )
+        fix = f"publish only those that win, with --nfe {winning}" if winning else "make others, with more pairs"
         raise ValueError(
             f"not published: not ahead of every stock scheduler beyond the interval: {'; '.join(said)}; {fix}"
         )

@@ -21,7 +21,7 @@ def table(learned: Contender, others: list[Contender]) -> str:
     lines = [
         f"Mean squared distance to the teacher's end point, {len(learned.distances)} unseen samples (x 1e-3)",
         "",
-        "| scheduler | setting | evaluations | distance | more than learned, 95 % interval | ratio |",
+        f"| scheduler | setting | evaluations | distance | more than {learned.name}, 95 % interval | ratio |",
         "|---|---|---|---|---|---|",
         f"| **{learned.name}** | {learned.setting} | {learned.evaluations} | **{1e3 * learned.mean:.3f}** | | 1.00 |",
     ]

@@ -66,9 +66,8 @@ def check_start(args: argparse.Namespace) -> None:
         or Path(name).exists()
     ):
         return
-    raise ValueError(
-        f"--discretization {name!r} is neither a folder with a schedule nor one of best, {', '.join([*SEARCHES, *DISCRETIZATIONS, *STOCK])}"
-    )
+    known = ", ".join(["best", *SEARCHES, *DISCRETIZATIONS, *STOCK])
+    raise ValueError(f"--discretization {name!r} is neither a folder with a schedule nor one of {known}")
 
 
 def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: Objective) -> None:
@@ -217,8 +216,8 @@ def refuse_worse(args, result: LearnResult, rivals: dict[str, float]) -> None:
     if args.allow_worse or result.loss < rivals[best]:
         return
     raise LosesToGrid(
-        f"the schedule learned for {result.schedule.nfe} evaluations does not beat the grid {best!r} on the validation pairs ({result.loss:.6g} against "
-        f"{rivals[best]:.6g}), so it was not saved; use more pairs or iterations, or that grid, or --allow_worse"
+        f"the schedule learned for {result.schedule.nfe} evaluations does not beat the grid {best!r} on the validation pairs "
+        f"({result.loss:.6g} against {rivals[best]:.6g}), so it was not saved; use more pairs or iterations, or that grid, or --allow_worse"
     )
 
 

@@ -31,9 +31,10 @@ class Trajectory:
     derivatives: Tensor
 
 
-def calculating_device(state: Tensor) -> torch.device:
-    """Where float64 is: the state's own device, but the host for Apple's GPUs."""
-    return torch.device("cpu") if state.device.type == "mps" else state.device
+def flat(state: Tensor) -> Tensor:
+    """(batch, D) float64, on the state's own device, but on the host for Apple's GPUs, which have no float64."""
+    state = state.cpu() if state.device.type == "mps" else state
+    return state.flatten(1).double()
 
 
 def record(rollout, schedule: Schedule, noise: Tensor, conditioning: Conditioning | None = None) -> Trajectory:
@@ -54,10 +55,10 @@ def record(rollout, schedule: Schedule, noise: Tensor, conditioning: Conditionin
 
     def keep(i: int, state: Tensor, output: Tensor, result: Tensor) -> None:
         if i % stages == 0:
-            states.append(_flat(state))
-            outputs.append(_flat(output))
+            states.append(flat(state))
+            outputs.append(flat(output))
         if i == schedule.nfe - 1:
-            states.append(_flat(result))
+            states.append(flat(result))
 
     rollout.visit(schedule, noise, conditioning, keep)
     # The shift is known once the pipeline has run.
@@ -73,7 +74,3 @@ def record(rollout, schedule: Schedule, noise: Tensor, conditioning: Conditionin
             "the teacher's trajectory is not finite; use --mixed_precision no or bf16, or another solver of the teacher"
         )
     return Trajectory(z, x / scale[:, None], derivatives)
-
-
-def _flat(state: Tensor) -> Tensor:
-    return state.to(calculating_device(state)).flatten(1).double()

@@ -141,10 +141,10 @@ def compared(
         f"at {nfe} evaluations the certificate names {c.label}, which does not take part" for c in stated.values()
     ]
     best = best_by_name(stock)[0]
-    line = f"{nfe} evaluations: learned {1e3 * learned.mean:.3f}, {best.label} {1e3 * best.mean:.3f} (x 1e-3)"
+    line = f"{nfe} evaluations: {learned.name} {1e3 * learned.mean:.3f}, {best.label} {1e3 * best.mean:.3f} (x 1e-3)"
     if len(learned.distances) > 1:
         mean, low, high = paired_interval(best.distances, learned.distances)
         line += f", difference {1e3 * mean:+.3f} [{1e3 * low:+.3f}, {1e3 * high:+.3f}]"
     if len(learned.distances) == len(own.distances) and unbeaten(learned, best_by_name(stock)):
-        failures.append(f"at {nfe} evaluations the learned schedule does not win")
+        failures.append(f"at {nfe} evaluations the {learned.name} schedule does not win")
     return f"{line}, {len(learned.distances)} samples, largest deviation {largest:.2g}", failures

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What GITS's cost matrix costs: in closed form, and jump by jump as it is defined.
 
-    python -m tests.benchmarks.gits_cost [--samples 256] [--points 61] [--shape 4 32 32] [--batch 16]
+    python -m tests.benchmarks.gits_cost [--samples 256] [--points 61] [--shape 4 32 32] [--batch 16] [--defined_batch 256]
 
-Trajectories are random, as large as a teacher's. Both forms get the same batches and add up the same float64 sums; printed are the
-times of both in one run, their ratio, how far apart the matrices are, and the largest memory of tensors that are alive at once.
+Trajectories are random, as large as a teacher's. Both forms get the same samples, the closed one `--batch` at once, as the program
+does, the definition `--defined_batch` at once (by default all), and add up the same float64 sums. Printed are the times of both in
+one run, their ratio, how far apart the matrices are, and the largest memory of tensors that are alive at once.
 """
 
 import argparse
@@ -42,11 +43,12 @@ def jump_by_jump(trajectory: Trajectory, metric: str) -> torch.Tensor:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations have returned and that still live."""
+    """Counts the bytes of all storages that operations have returned and that still live, `held` from the start."""
 
-    def __init__(self):
+    def __init__(self, *held: torch.Tensor):
         super().__init__()
-        self.live, self.peak, self.seen = 0, 0, set()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in held}
+        self.live = self.peak = sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         import weakref
@@ -82,13 +84,27 @@ def batches(samples: int, batch: int, points: int, dim: int):
         )
 
 
-def measured(form, metric: str, args) -> tuple[float, torch.Tensor]:
-    seconds, total = 0.0, 0.0
+def joined(parts: list[Trajectory]) -> Trajectory:
+    states, derivatives = (torch.cat([getattr(part, name) for part in parts]) for name in ("states", "derivatives"))
+    return Trajectory(parts[0].z, states, derivatives)
+
+
+def measured(form, metric: str, args, at_once: int) -> tuple[float, torch.Tensor, float]:
+    """Seconds, mean costs, and the peak memory in MiB with `at_once` trajectories."""
+    seconds, total, waiting = 0.0, 0.0, []
     for trajectory in batches(args.samples, args.batch, args.points, math.prod(args.shape)):
+        waiting.append(trajectory)
+        if sum(len(part.states) for part in waiting) < min(at_once, args.samples):
+            continue
+        trajectory, waiting = joined(waiting), []
         started = time.perf_counter()
         total = total + form(trajectory, metric)
         seconds += time.perf_counter() - started
-    return seconds, total / args.samples
+    if waiting:
+        raise ValueError("the samples are no multiple of the batches; give other numbers")
+    with LiveBytes(trajectory.states, trajectory.derivatives) as memory:
+        form(trajectory, metric)
+    return seconds, total / args.samples, memory.peak / 2**20
 
 
 def main(argv=None) -> None:
@@ -97,24 +113,17 @@ def main(argv=None) -> None:
     p.add_argument("--points", type=int, default=61)
     p.add_argument("--shape", type=int, nargs="+", default=[4, 32, 32])
     p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--defined_batch", type=int, help="a multiple of --batch (default: all samples)")
     args = p.parse_args(argv)
-    one = next(batches(args.batch, args.batch, args.points, math.prod(args.shape)))
-    kept = one.states.nbytes + one.derivatives.nbytes
-    print(
-        f"{args.samples} samples of {args.shape}, {args.points} points; a batch of {args.batch}: {kept / 2**20:.0f} MiB"
-    )
+    defined_batch = args.defined_batch or args.samples
+    print(f"{args.samples} samples of {args.shape}, {args.points} points; {args.batch} and {defined_batch} at once")
     for metric in ("dev", "l2"):
-        closed, ours = measured(cost_sums, metric, args)
-        defined, theirs = measured(jump_by_jump, metric, args)
+        closed, ours, memory = measured(cost_sums, metric, args, args.batch)
+        defined, theirs, other_memory = measured(jump_by_jump, metric, args, defined_batch)
         apart = float((ours - theirs).abs().max() / theirs.abs().max())
-        peaks = []
-        for form in (cost_sums, jump_by_jump):
-            with LiveBytes() as memory:
-                form(one, metric)
-            peaks.append((kept + memory.peak) / 2**20)
         print(
             f"{metric}: closed form {closed:.2f} s, jump by jump {defined:.2f} s, ratio {defined / closed:.1f}; largest difference "
-            f"{apart:.1e} of the largest cost; peak memory {peaks[0]:.0f} and {peaks[1]:.0f} MiB"
+            f"{apart:.1e} of the largest cost; peak memory {memory:.0f} and {other_memory:.0f} MiB"
         )
 
 

@@ -230,7 +230,7 @@ def test_schedules_of_one_folder_must_be_alike():
 
 @pytest.mark.parametrize("used", [None, {}, {"train": {"seeds": [3, 1], "prompts": []}}, {"train": 1, "valid": 2}])
 def test_what_does_not_say_what_it_learned_on_is_refused(used):
-    with pytest.raises(ValueError, match="5 evaluations does not say which seeds.*learn it again"):
+    with pytest.raises(ValueError, match="5 evaluations does not say which seeds.*make it again"):
         shared_facts(config_of(5, learned_on=used)["schedules"])
 
 
@@ -391,3 +391,20 @@ def test_the_card_says_what_the_certificates_say():
     assert "![Samples at 5 evaluations: teacher, best stock, learned](dpmpp-g7.5/samples.png)" in text
     assert "--verify user/schedules\n" in text and "4, 5 or 8 network evaluations instead of 50" in text
     assert json.dumps(card) and "None" not in text
+
+
+def test_the_card_calls_a_searched_schedule_searched():
+    searched = {"recipe": "gits", "search": {"metric": "dev"}, "won": "coeff 1.15"}
+    alone, learned = config_of(4, **searched), config_of(8)
+    text = model_card({"": variant_of(alone)}, "user/schedules", "mit")
+    assert "# Searched schedules for owner/teacher" in text and "learn" not in text
+    assert "when the solver steps, searched ([GITS](https://arxiv.org/abs/2405.11326)) through" in text
+    assert "| evaluations | searched | best stock | scheduler | stock - searched | samples |" in text
+    assert "![Samples at 4 evaluations: teacher, best stock, searched](samples.png)" in text
+    assert "- 4 evaluations: searched on 64 + 32 pairs, recipe gits, taken: coeff 1.15; judged" in text
+
+    both = {**alone, "schedules": {**alone["schedules"], **learned["schedules"]}}
+    text = model_card({"": variant_of(both)}, "user/schedules", "mit")
+    assert "# Learned or searched schedules for" in text and "that learning or search never saw" in text
+    assert "and what time the network is told, learned or searched ([GITS](" in text
+    assert "- 4 evaluations: searched on" in text and "- 8 evaluations: learned on" in text

@@ -11,7 +11,6 @@ import torch
 
 from ld3_diffusers import Schedule, SolverSpec
 from ld3_diffusers.noise_path import VE, RectifiedFlow, VPLinear
-from ld3_diffusers.step_table import Executor
 from tests.training.rollouts import make, noise_for
 from tests.training.toy import PREDICTION, Mixture, ToyRollout
 from training.gits import METRICS, cost_sums, dynamic_programme
@@ -24,23 +23,8 @@ TEACHERS = {"ipndm": SolverSpec("ipndm", 4), "euler": SolverSpec("euler"), "heun
 FLOW = RectifiedFlow()
 
 
-class VisitedToy(ToyRollout):
-    """The analytic mixture with a rollout's `visit`."""
-
-    mu = 0.0
-
-    def visit(self, schedule, noise, conditioning, at_step):
-        table = schedule.table(self.path, mu=self.mu)
-        executor, x = Executor(table), noise * table.start
-        for i, t in enumerate(table.network_times):
-            output = self.network(x, t, self.path)
-            result = executor.step(x, output)
-            other = at_step(i, x, output, result)
-            x = result if other is None else other
-
-
-def golden_toy() -> VisitedToy:
-    return VisitedToy(Mixture(GOLDEN["mu"], GOLDEN["s"], GOLDEN["w"]), VE())
+def golden_toy() -> ToyRollout:
+    return ToyRollout(Mixture(GOLDEN["mu"], GOLDEN["s"], GOLDEN["w"]), VE())
 
 
 def teacher(path, grid, spec, final=False) -> Schedule:
@@ -165,7 +149,7 @@ def test_an_unknown_metric_is_refused():
 def test_states_and_derivatives_are_those_of_the_ode(path, spec):
     """Of a single Gaussian the ODE's solution is known: y = x_0 std(z) / std(z_0), of which d is the derivative."""
     std = 0.5
-    rollout = VisitedToy(Mixture(torch.zeros(1, 4), torch.full((1,), std), torch.ones(1)), path)
+    rollout = ToyRollout(Mixture(torch.zeros(1, 4), torch.full((1,), std), torch.ones(1)), path)
     grid = torch.linspace(path.t_max, 0, 200, dtype=torch.float64)
     grid = grid**2 if path.kind == "vp_linear" else grid
     noise = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

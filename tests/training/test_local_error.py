@@ -10,9 +10,8 @@ import torch
 from ld3_diffusers.discretization import discretization, discretization_to_zero
 from ld3_diffusers.noise_path import VE, RectifiedFlow, VPLinear, shift_flow_time
 from ld3_diffusers.schedule import Schedule, SolverSpec
-from ld3_diffusers.step_table import Executor
 from tests.training.rollouts import make, noise_for, schedule_for
-from tests.training.toy import Mixture, perfect_gain
+from tests.training.toy import Mixture, ToyRollout, perfect_gain
 from training.local_error import local_errors, refined, step_ends
 
 
@@ -20,22 +19,9 @@ STD = 0.6
 PATHS = {"vp": VPLinear(), "ve": VE(0.002, 20.0), "flow": RectifiedFlow()}
 
 
-class GaussianRollout:
-    """`visit` through the step table, with the exact network of one Gaussian around 0."""
-
-    def __init__(self, path, mu=0.0):
-        self.network = Mixture(torch.zeros(1, 4), torch.tensor([STD]), torch.ones(1))
-        self.path, self.mu, self.visits = path, mu, 0
-
-    def visit(self, schedule, noise, conditioning, at_step):
-        table = schedule.table(self.path, mu=self.mu)
-        executor, x = Executor(table), noise * table.start
-        self.visits += len(table)
-        for i, t in enumerate(table.network_times):
-            output = self.network(x, t, self.path)
-            result = executor.step(x, output)
-            other = at_step(i, x, output, result)
-            x = result if other is None else other
+def gaussian(path, mu=0.0) -> ToyRollout:
+    """The exact network of one Gaussian around 0."""
+    return ToyRollout(Mixture(torch.zeros(1, 4), torch.tensor([STD]), torch.ones(1)), path, mu)
 
 
 def noise(batch=8):
@@ -72,7 +58,7 @@ def test_euler_on_a_gaussian_makes_its_exact_one_step_errors(name, to_zero):
     path = PATHS[name]
     grid = "time_uniform" if name == "flow" else "polynomial"
     times = discretization_to_zero(grid, path, 5, before_zero=False) if to_zero else discretization(grid, path, 5)
-    found = local_errors(GaussianRollout(path), schedule(path, times), noise(), substeps=64)
+    found = local_errors(gaussian(path), schedule(path, times), noise(), substeps=64)
     torch.testing.assert_close(found, exact_euler_errors(path, times), rtol=5e-3, atol=1e-9)
 
 
@@ -81,7 +67,7 @@ def test_the_network_is_asked_at_the_schedules_own_times():
     times = discretization("logsnr", path, 5)
     told = times[:-1] * torch.tensor([0.99, 0.97, 1.02, 0.9, 1.05])
     moved = replace(schedule(path, times), network_times=told)
-    found = local_errors(GaussianRollout(path), moved, noise(), substeps=64)
+    found = local_errors(gaussian(path), moved, noise(), substeps=64)
     torch.testing.assert_close(found, exact_euler_errors(path, times, told), rtol=5e-3, atol=1e-9)
     assert (found - exact_euler_errors(path, times)).abs().max() > 1e-4
 
@@ -94,7 +80,7 @@ def test_order_of_the_local_error(solver, order):
         times = discretization("logsnr", path, steps)
         student = schedule(path, times, solver, order if solver != "euler" else None)
         teacher = SolverSpec("dpmpp", 3, lower_order_final=False)
-        found = local_errors(GaussianRollout(path), student, noise(), substeps=16, solver=teacher)
+        found = local_errors(gaussian(path), student, noise(), substeps=16, solver=teacher)
         middle.append(float(found[steps // 2]))
     assert math.log2(middle[0] / middle[1]) == pytest.approx(2 * order + 2, abs=0.5)
 
@@ -102,10 +88,10 @@ def test_order_of_the_local_error(solver, order):
 @pytest.mark.parametrize("mu", [0.8, -0.5])
 def test_a_flow_from_pure_noise_with_a_resolution_shift(mu):
     path, times = PATHS["flow"], torch.tensor([1.0, 0.8, 0.55, 0.3, 0.1], dtype=torch.float64)
-    found = local_errors(GaussianRollout(path, mu), schedule(path, times), noise(), substeps=64)
+    found = local_errors(gaussian(path, mu), schedule(path, times), noise(), substeps=64)
     shifted = shift_flow_time(times, mu)
     torch.testing.assert_close(found, exact_euler_errors(path, shifted), rtol=5e-3, atol=1e-9)
-    final = local_errors(GaussianRollout(path, mu), schedule(path, times, final=True), noise(), substeps=64)
+    final = local_errors(gaussian(path, mu), schedule(path, times, final=True), noise(), substeps=64)
     torch.testing.assert_close(final, exact_euler_errors(path, times), rtol=5e-3, atol=1e-9)
 
 
@@ -117,11 +103,11 @@ def test_two_stage_steps_err_where_they_end(to_zero):
     ends = torch.cat([ends[:-1], torch.zeros(1, dtype=torch.float64)]) if to_zero else ends
     student = schedule(path, spec.make().expand(path, ends), "heun")
     assert step_ends(student) == ([1, 3, 5, 6] if to_zero else [1, 3, 5, 7])
-    found = local_errors(GaussianRollout(path), student, noise(), substeps=64)
+    found = local_errors(gaussian(path), student, noise(), substeps=64)
     assert found.isnan().nonzero().flatten().tolist() == ([0, 2, 4] if to_zero else [0, 2, 4, 6])
 
     # Heun's first step by hand: y' = y + (z' - z)(d + d') / 2 in y = x / alpha, z = sigma / alpha.
-    x, network = noise(), GaussianRollout(path).network
+    x, network = noise(), gaussian(path).network
     z, (alpha, alpha_) = path.sigma_edm(ends[:2]), path.alpha(ends[:2])
     d = network(x, ends[0], path)
     stage = alpha_ * (x / alpha + (z[1] - z[0]) * d)
@@ -164,15 +150,15 @@ def test_an_analytical_first_step_counts_to_the_first_entry():
     times = discretization("polynomial", path, 4)
     student = schedule(path, times)
     afs = replace(student, spec=SolverSpec("euler", afs=True))
-    found = local_errors(GaussianRollout(path), afs, noise(), substeps=64)
-    plain = local_errors(GaussianRollout(path), student, noise(), substeps=64)
+    found = local_errors(gaussian(path), afs, noise(), substeps=64)
+    plain = local_errors(gaussian(path), student, noise(), substeps=64)
     assert len(found) == 3
     # The teacher's levels differ before the second of the times, and so, in the fourth digit, does where it gets.
     torch.testing.assert_close(found[1:], plain[2:], rtol=1e-3, atol=0)
     # Its noise prediction x / sqrt(1 + sigma^2), then Euler's step from where that led.
     start = noise() * times[0]
     x = start + (times[1] - times[0]) * start / (1 + times[0] ** 2).sqrt()
-    result = x + (times[2] - times[1]) * GaussianRollout(path).network(x, times[1], path)
+    result = x + (times[2] - times[1]) * gaussian(path).network(x, times[1], path)
     error = (result - start * perfect_gain(path, STD, float(times[0]), float(times[2]))).square().mean()
     assert float(found[0]) == pytest.approx(float(error / (1 + times[2] ** 2)), rel=5e-3)
 

@@ -10,8 +10,8 @@ import torch
 from ld3_diffusers import Schedule, SolverSpec
 from ld3_diffusers.noise_path import RectifiedFlow, VPLinear
 from tests.training.rollouts import make, noise_for
-from tests.training.test_gits import VisitedToy, teacher
-from tests.training.toy import Mixture
+from tests.training.test_gits import teacher
+from tests.training.toy import Mixture, ToyRollout
 from training.oss import combined_path, optimal_paths
 
 
@@ -20,8 +20,8 @@ EULER = SolverSpec("euler")
 PATHS = [VPLinear(), RectifiedFlow()]
 
 
-def toy(path) -> VisitedToy:
-    return VisitedToy(Mixture.random(components=4, dim=6, spread=1.5, seed=3), path)
+def toy(path) -> ToyRollout:
+    return ToyRollout(Mixture.random(components=4, dim=6, spread=1.5, seed=3), path)
 
 
 def grid(path) -> torch.Tensor:

@@ -205,7 +205,7 @@ def test_a_count_that_does_not_win_is_refused_with_the_numbers(room, tmp_path):
     other, own, difference, low = (float(found[i]) for i in (2, 3, 4, 5))
     assert difference == pytest.approx(other - own, abs=2e-3) and low <= 0
     assert not (tmp_path / "published").exists()
-    assert "learn with more pairs" in refusal(arguments(room, tmp_path / "published", nfe=[3]))
+    assert "make others, with more pairs" in refusal(arguments(room, tmp_path / "published", nfe=[3]))
 
 
 def test_a_tampered_certificate_is_not_verified(room, certified, output, capsys):
@@ -273,8 +273,8 @@ def test_another_prediction_type_is_refused(room, tmp_path):
 
 def test_bad_input_is_refused_in_a_sentence(room, certified, tmp_path):
     out = tmp_path / "out"
-    assert "holds no learned schedules" in refusal(arguments(room, out, "--schedules", str(tmp_path)))
-    assert "no schedule was learned for it; the folder has 3, 5" in refusal(arguments(room, out, nfe=[4]))
+    assert "holds no schedules" in refusal(arguments(room, out, "--schedules", str(tmp_path)))
+    assert "there is no schedule for it; the folder has 3, 5" in refusal(arguments(room, out, nfe=[4]))
     (tmp_path / "empty.txt").write_text("\n")
     assert "holds no prompt" in refusal(arguments(room, out, "--prompts_file", str(tmp_path / "empty.txt")))
     assert "cannot read the prompts file" in refusal(arguments(room, out, "--prompts_file", str(tmp_path / "no.txt")))
@@ -292,7 +292,7 @@ def test_bad_input_is_refused_in_a_sentence(room, certified, tmp_path):
     config = json.loads((old / "scheduler_config.json").read_text())
     del config["schedules"]["5"]["provenance"]["learned_on"]
     (old / "scheduler_config.json").write_text(json.dumps(config))
-    assert "learn it again" in refusal(arguments(room, out, "--schedules", str(old)))
+    assert "make it again" in refusal(arguments(room, out, "--schedules", str(old)))
     assert not out.exists()
 
 

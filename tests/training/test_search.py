@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from ld3_diffusers import LD3Scheduler, SolverSpec
 from ld3_diffusers.noise_path import RectifiedFlow, VPLinear
 from tests.tiny_pipelines import PIPELINES
-from tests.training.test_gits import VisitedToy
 from tests.training.test_processes import digests, on_two_processes
-from tests.training.toy import Mixture
+from tests.training.toy import Mixture, ToyRollout
 from training import make_teacher_set, search, search_gits, search_oss, train_ld3
+from training.certificate import how_made, shared_facts
 from training.gits import dynamic_programme
 from training.search import TeacherGrid, most_steps, students
 from training.teacher_set import TeacherSet
@@ -87,6 +87,10 @@ def test_gits_saves_what_the_student_chose(room, tmp_path, teacher):
     entry = found["schedules"]["coeff 1.15"]["3"]
     assert entry["indices"] == dynamic_programme(cost, 3, 1.15)[-1]
     assert entry["times"][0] == 1.0 and entry["times"][-1] == 0.0
+
+    # It can be certified like a learned one, and is called what it is.
+    entries = scheduler.config.schedules
+    assert shared_facts(entries)["teacher_steps"] == 10 and how_made(entries) == "searched"
 
     # The pipeline samples with it as it was judged.
     pipe = DiffusionPipeline.from_pretrained(room / teacher)
@@ -179,7 +183,7 @@ def test_students_are_the_grids_levels_at_the_solvers_steps():
 
 def test_flow_schedules_are_shifted_when_they_sample():
     path = RectifiedFlow()
-    rollout = VisitedToy(Mixture.random(dim=6), path)
+    rollout = ToyRollout(Mixture.random(dim=6), path)
     grid = TeacherGrid("time_uniform", torch.linspace(1, 0, 11, dtype=torch.float64), path, "flow_prediction")
     [schedule] = students({"a": [[0, 10], [0, 5, 10]]}, grid, 2, SolverSpec("euler")).values()
     shift = 3.0

@@ -47,11 +47,11 @@ class ToyRollout:
 
     moves_noise = True
 
-    def __init__(self, network, path: NoisePath):
-        self.network, self.path, self.evaluations = network, path, 0
+    def __init__(self, network, path: NoisePath, mu: float = 0.0):
+        self.network, self.path, self.mu, self.evaluations = network, path, mu, 0
 
     def __call__(self, schedule: Schedule, noise: Tensor, conditioning: dict) -> Tensor:
-        table = schedule.table(self.path)
+        table = schedule.table(self.path, mu=self.mu)
         executor = Executor(table)
         x = noise * table.start.to(noise)
         for t in table.network_times:
@@ -59,6 +59,16 @@ class ToyRollout:
             scaled = self.network(x, t, self.path)
             x = executor.step(x, scaled)
         return x
+
+    def visit(self, schedule: Schedule, noise: Tensor, conditioning: dict, at_step) -> None:
+        """As `PipelineRollout.visit`."""
+        table = schedule.table(self.path, mu=self.mu)
+        executor, x = Executor(table), noise * table.start
+        for i, t in enumerate(table.network_times):
+            output = self.network(x, t, self.path)
+            result = executor.step(x, output)
+            other = at_step(i, x, output, result)
+            x = result if other is None else other
 
 
 @dataclass(frozen=True, eq=False)
