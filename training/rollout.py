@@ -330,7 +330,9 @@ class PipelineRollout:
                 raise ValueError(f"{kind} is unconditional; drop the prompts")
             return {}
         if prompts is None:
-            raise ValueError(f"{kind} needs prompts or labels; give --prompts_file or --class_labels (or a list, to encode)")
+            raise ValueError(
+                f"{kind} needs prompts or labels; give --prompts_file or --class_labels (or a list, to encode)"
+            )
         prompts = [prompts] if isinstance(prompts, (str, int)) else list(prompts)
         if self._prompt_name == "class_labels":
             return {"class_labels": torch.tensor([self._label(label) for label in prompts])}

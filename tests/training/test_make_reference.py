@@ -4,9 +4,9 @@
 import numpy
 import pytest
 import torch
-from accelerate import debug_launcher
 from PIL import Image
 
+from tests.training.test_processes import on_two_processes
 from training import make_reference
 from training.features import load_feature_network
 from training.references import load_reference
@@ -122,7 +122,7 @@ def _both_processes(argv):
 def test_two_processes_make_the_same_file(folder, network, tmp_path, monkeypatch):
     monkeypatch.setattr(make_reference, "PART", 4)
     make_reference.main(command(folder, network, tmp_path / "one.npz", "--save_features=7"))
-    debug_launcher(_both_processes, (command(folder, network, tmp_path / "two.npz", "--save_features=7"),), 2)
+    on_two_processes(_both_processes, command(folder, network, tmp_path / "two.npz", "--save_features=7"))
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
 
