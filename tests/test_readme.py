@@ -2,6 +2,7 @@
 """What the README tells a user to type is run here, the long commands with fewer pairs and steps."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -10,15 +11,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from ld3_diffusers import LD3Scheduler, find_schedules
 from tests.tiny_pipelines import PIPELINES
+from training import make_reference
+from training.references import load_reference
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MODULES = ["training.make_teacher_set", "training.train_ld3", "training.publish"]
+MORE_MODULES = [
+    "training.search_gits",
+    "training.search_oss",
+    "training.sample",
+    "training.evaluate",
+]  # for fashion-flux
 # Recipe: the small teacher that takes the place of its own one, and what else the recipe says that this has not. A Flux with random
 # weights is not only fast: its few samples have no outliers, so that a learned schedule wins on any of them.
 STAND_INS = {"fashion-flux": ("tiny-flux", []), "sd15": ("fashion-sd", ["--variant="]), "flux-dev": ("tiny-flux", [])}
@@ -33,6 +44,10 @@ SHORTER = {
         "training.train_ld3": ["--nfe", "5", "--num_train", "22", "--num_valid", "10", "--max_train_steps", "40"]
         + ["--train_batch_size", "8"],
         "training.publish": ["--nfe", "5", "--num_samples", "24"],
+        "training.search_gits": ["--nfe", "5", "--num_train", "8", "--num_valid", "4", "--num_grid_points", "12"],
+        "training.search_oss": ["--nfe", "5", "--num_train", "4", "--num_valid", "4", "--num_grid_points", "12"],
+        "training.sample": ["--seeds", "0-15", "--max_sequence_length", "16"],
+        "training.evaluate": ["--seeds", "0-15", "--max_sequence_length", "16", "--metrics", "mse", "--nfe", "5"],
     },
 }
 
@@ -54,6 +69,11 @@ def instead(recipe, module, folder):
         "training.make_teacher_set": ["--output_dir", folder / "pairs"],
         "training.train_ld3": ["--teacher_set", folder / "pairs", "--output_dir", folder / "schedules"],
         "training.publish": ["--schedules", folder / "schedules"],
+        "training.search_gits": ["--teacher_set", folder / "pairs", "--output_dir", folder / "gits"],
+        "training.search_oss": ["--teacher_set", folder / "pairs", "--output_dir", folder / "oss"],
+        "training.sample": ["--scheduler", folder / "schedules" / "published", "--output_dir", folder / "samples"],
+        "training.evaluate": ["--schedulers", folder / "schedules" / "published", "stock"]
+        + ["--output_dir", folder / "evaluation"],
     }[module]
     given = [*map(str, places), *SHORTER[teacher][module], *more]
     source = folder / teacher if teacher.startswith("tiny") else ROOT / "examples" / "teachers" / teacher
@@ -70,7 +90,8 @@ def instead(recipe, module, folder):
 
 def test_the_readme_has_every_program_for_every_recipe():
     for recipe in STAND_INS:
-        assert [module for module, _ in commands(recipe)] == MODULES
+        more = MORE_MODULES if recipe == "fashion-flux" else []
+        assert [module for module, _ in commands(recipe)] == MODULES + more
 
 
 @pytest.mark.slow
@@ -91,12 +112,31 @@ def test_the_commands_from_start_to_repository(recipe, tmp_path, hub, monkeypatc
     (nfe,) = published.learned_counts
     if recipe == "fashion-flux":
         assert not hub.repos
+        for search in ("gits", "oss"):
+            assert LD3Scheduler.from_pretrained(tmp_path / search).learned_counts == [5]
+        assert len(list((tmp_path / "samples" / "images").glob("*.png"))) == 16
+        assert (tmp_path / "samples" / "grid.png").is_file()
+        results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+        names = {row["name"] for row in results["rows"]}
+        assert results["subject"] == "published" and {"published", "UniPC", "FlowMatchEuler"} <= names
         return
     (repository,) = hub.repos
     assert repository == f"you/{recipe}-schedules"
     assert LD3Scheduler.from_pretrained(repository).config.schedules == published.config.schedules
     (found,) = find_schedules(base_model=BASE_MODEL, nfe=nfe)
     assert found.repo_id == repository
+
+
+def test_the_command_that_makes_a_reference(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for i, pixels in enumerate(torch.randint(256, (100, 32, 32, 3), dtype=torch.uint8)):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+    (line,) = [
+        shlex.split(line) for block in blocks("bash") for line in block.splitlines() if "make_reference" in line
+    ]
+    given = line[line.index("training.make_reference") + 1 :]
+    make_reference.main([*given, "--images", str(tmp_path), "--output", str(tmp_path / "photos.npz")])
+    assert load_reference(tmp_path / "photos.npz").moments.count == 100
 
 
 @pytest.mark.slow

@@ -54,6 +54,11 @@ README_COMMANDS = {
     ),
     ".venv/bin/accelerate launch -m training.train_ld3": ("tests/test_readme.py", '"training.train_ld3"'),
     ".venv/bin/accelerate launch -m training.publish": ("tests/test_readme.py", '"training.publish"'),
+    ".venv/bin/accelerate launch -m training.search_gits": ("tests/test_readme.py", '"training.search_gits"'),
+    ".venv/bin/accelerate launch -m training.search_oss": ("tests/test_readme.py", '"training.search_oss"'),
+    ".venv/bin/accelerate launch -m training.sample": ("tests/test_readme.py", '"training.sample"'),
+    ".venv/bin/accelerate launch -m training.evaluate": ("tests/test_readme.py", '"training.evaluate"'),
+    ".venv/bin/accelerate launch -m training.make_reference": ("tests/test_readme.py", "make_reference.main("),
 }
 
 
