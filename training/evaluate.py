@@ -109,6 +109,8 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[str] | None, list[S
     unknown = [name for name in args.metrics if name not in METRICS]
     if unknown:
         raise ValueError(f"unknown metrics {', '.join(unknown)}; use some of {', '.join(METRICS)}")
+    if len(set(args.metrics)) < len(args.metrics):
+        raise ValueError(f"--metrics names one twice: {' '.join(args.metrics)}; give each once")
     if min(args.nfe) < 1 or len(set(args.nfe)) < len(args.nfe):
         raise ValueError(f"--nfe must name different counts of at least 1, got {' '.join(map(str, args.nfe))}")
     for name, least in (("teacher_steps", 1), ("blocks", 0), ("save_images", 0)):

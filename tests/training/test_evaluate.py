@@ -377,6 +377,7 @@ def test_unreadable_pictures_are_named_and_counted(room, whole, tmp_path, capsys
     "more, sentence",
     [
         (["--metrics", "msee"], "unknown metrics msee"),
+        (["--metrics", "mse", "psnr", "mse"], "names one twice"),
         (["--metrics", "fid"], "give --reference"),
         (["--schedulers", "unipc"], "did you mean UniPCMultistepScheduler"),
         (["--nfe", "3", "0"], "--nfe must name different counts"),
