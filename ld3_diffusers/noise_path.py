@@ -115,6 +115,10 @@ class NoisePath:
         alpha, sigma = self.alpha(times), self.sigma(times)
         return Levels(times, alpha, sigma, self.lam(times), alpha, sigma / alpha)
 
+    def scale(self, t: Tensor) -> Tensor:
+        """x / y, with y the variable of the ODE, see [`Levels`]."""
+        return self.alpha(t)
+
     def data_prediction(self, prediction_type: str, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""(p, q) with $\hat x_0 = p\,x + q\,\mathrm{net}(x, t)$, alpha and sigma taken at the network's time `t`.
 
@@ -306,6 +310,9 @@ class RectifiedFlow(NoisePath):
 
     def sigma(self, t):
         return t
+
+    def scale(self, t):
+        return torch.ones_like(t)
 
     def log_alpha(self, t):
         return _where_finite(t >= 1, -math.inf, t, 0.5, lambda s: torch.log1p(-s))

@@ -68,6 +68,8 @@ SCHEDULE_KEYS = (
     "prediction_type",
     "times",
     "network_times",
+    "direction_scales",
+    "predictor",
     "final",
     "checksum",
     "provenance",
@@ -77,7 +79,8 @@ SCHEDULE_KEYS = (
 MAX_NFE = 1000  # as many as most models have training steps; what a schedule costs to check is bounded by it
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether this is a finite number that float64 has."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -87,13 +90,17 @@ def _is_number(value) -> bool:
 
 
 def _is_numbers(value) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_number, value))
+    return isinstance(value, (list, tuple)) and all(map(is_number, value))
+
+
+def _names_predictor(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("folder", "digest"))
 
 
 # What may stand in a schedule's config entry: kind -> (test, keys).
 ENTRY_TYPES = {
-    "a list of finite numbers": (_is_numbers, ("times", "network_times")),
-    "a finite number": (_is_number, ("checksum",)),
+    "a list of finite numbers": (_is_numbers, ("times", "network_times", "direction_scales")),
+    "a finite number": (is_number, ("checksum",)),
     "an integer": (lambda value: type(value) is int, ("solver_order",)),
     "true or false": (lambda value: type(value) is bool, ("predict_x0", "lower_order_final", "afs", "final")),
     "a string": (
@@ -101,6 +108,7 @@ ENTRY_TYPES = {
         ("solver", "solver_type", "starting_scale", "noise_path", "prediction_type"),
     ),
     "a mapping": (lambda value: isinstance(value, dict), ("provenance",)),
+    "a mapping with a folder and a digest": (_names_predictor, ("predictor",)),
 }
 
 
@@ -115,6 +123,8 @@ class Schedule:
         noise_path: kind of the path, e.g. "vp_discrete" or "flow".
         prediction_type: of the network that it was learned for.
         final: the times are final: no resolution shift is applied to them, and they do not transfer.
+        direction_scales: (levels - 1,) factors of how far each evaluation's row goes, AMED's; None: 1. See [`scaled_direction`].
+        predictor: of a schedule whose stages are predicted for each sample (AMED): which network does, see [`AMEDScheduler`].
         checksum: of the table that it was saved with, see [`check_checksum`].
         provenance: plain JSON facts of its making: teacher, guidance scale, resolution, versions.
     """
@@ -125,6 +135,8 @@ class Schedule:
     noise_path: str = "vp_discrete"
     prediction_type: str = "epsilon"
     final: bool = False
+    direction_scales: Tensor | None = None
+    predictor: dict[str, Any] | None = None
     checksum: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -132,14 +144,33 @@ class Schedule:
         object.__setattr__(self, "times", float64(self.times))
         network_times = self.times[:-1] if self.network_times is None else float64(self.network_times)
         object.__setattr__(self, "network_times", network_times)
+        if self.direction_scales is not None:
+            object.__setattr__(self, "direction_scales", float64(self.direction_scales))
+            if len(self.direction_scales) != len(self.times) - 1:
+                raise ValueError(
+                    f"a schedule of {len(self.times)} times needs {len(self.times) - 1} direction_scales, got "
+                    f"{len(self.direction_scales)}"
+                )
+        if self.predictor is not None and (self.direction_scales is None or len(self.times) % 2 == 0):
+            raise ValueError(
+                "a schedule with a 'predictor' needs direction_scales, and two rows for each of its steps; make it with "
+                "`ld3_diffusers.amed.amed_schedule`"
+            )
 
     @property
     def nfe(self) -> int:
         """Network evaluations, guidance's doubling apart."""
         return len(self.times) - 1 - int(self.spec.afs)
 
-    def table(self, path: NoisePath, *, mu: float = 0.0, first: int = 0) -> StepTable:
-        """The step table of rows `first` and later; `mu` shifts the times of rectified flow.
+    @property
+    def stages(self) -> str | None:
+        """How AMED's stages are placed, "static" or "per sample"; None for schedules without them."""
+        if self.predictor is not None:
+            return "per sample"
+        return None if self.direction_scales is None else "static"
+
+    def table(self, path: NoisePath, *, mu: float = 0.0, first: int = 0, wanted: range | None = None) -> StepTable:
+        """The step table of rows `first` and later, of these only those `wanted`; `mu` shifts the times of rectified flow.
 
         Raises:
             ValueError: if the path is of another kind, or as [`build_table`].
@@ -153,6 +184,7 @@ class Schedule:
         if self.spec.afs and first:
             first += 1  # the first evaluation of a tail is that of the level after
         times, network_times = times[first:], network_times[first:]
+        scales = None if self.direction_scales is None else self.direction_scales[first:]
         if mu and path.kind == "flow" and not self.final:
             times, network_times = shift_flow_time(times, mu), shift_flow_time(network_times, mu)
         return build_table(
@@ -164,6 +196,8 @@ class Schedule:
             analytical_first_step=self.spec.afs and not first,
             starting_scale=self.spec.starting_scale,
             first=first,
+            direction_scales=scales,
+            wanted=wanted,
         )
 
     def rounded(self, path: NoisePath, told: Callable[[Tensor], Tensor], *, mu: float = 0.0) -> "Schedule":
@@ -179,7 +213,13 @@ class Schedule:
         return replace(self, network_times=self.network_times + (times - exact), checksum=None)
 
     def detach(self) -> "Schedule":
-        return replace(self, times=self.times.detach().clone(), network_times=self.network_times.detach().clone())
+        scales = None if self.direction_scales is None else self.direction_scales.detach().clone()
+        return replace(
+            self,
+            times=self.times.detach().clone(),
+            network_times=self.network_times.detach().clone(),
+            direction_scales=scales,
+        )
 
     def to_dict(self, path: NoisePath) -> dict[str, Any]:
         """Plain JSON: Python floats, which keep every bit."""
@@ -190,6 +230,8 @@ class Schedule:
             "prediction_type": self.prediction_type,
             "times": self.times.tolist(),
             "network_times": self.network_times.tolist(),
+            **({} if self.direction_scales is None else {"direction_scales": self.direction_scales.tolist()}),
+            **({} if self.predictor is None else {"predictor": dict(self.predictor)}),
             "final": self.final,
             "checksum": table_checksum(table),
             "provenance": dict(self.provenance),
@@ -218,7 +260,7 @@ class Schedule:
                     raise ValueError(
                         f"{key!r} of a schedule must be {what}, got {value!r:.60}; check the config it came from"
                     )
-        for key in ("times", "network_times"):
+        for key in ("times", "network_times", "direction_scales"):
             if len(entry.get(key) or ()) > MAX_NFE + 1:
                 raise ValueError(
                     f"{key!r} of a schedule holds {len(entry[key])} values and may hold {MAX_NFE + 1}; check the config it "
@@ -226,7 +268,8 @@ class Schedule:
                 )
         spec = SolverSpec(**{key: entry[key] for key in SOLVER_KEYS if key in entry})
         spec.make()
-        rest = {key: entry[key] for key in ("noise_path", "prediction_type", "final", "checksum") if key in entry}
+        names = ("noise_path", "prediction_type", "final", "direction_scales", "predictor", "checksum")
+        rest = {key: entry[key] for key in names if key in entry}
         return cls(entry["times"], entry.get("network_times"), spec, provenance=entry.get("provenance") or {}, **rest)
 
 
@@ -237,6 +280,9 @@ def table_checksum(table: StepTable) -> float:
         flat = part.detach().flatten()
         flat = flat / flat.abs().max().clamp(min=1e-300)  # timesteps near 1000 must not drown the rest
         total = total + (flat * torch.cos(torch.arange(len(flat), dtype=torch.float64) + k)).sum()
+    if table.direction_scales is not None:  # a factor common to all rows leaves what was summed as it was
+        scales = table.direction_scales.detach()
+        total = total + (scales * torch.cos(torch.arange(len(scales), dtype=torch.float64))).sum()
     return float(total)
 
 
@@ -263,7 +309,7 @@ def interpolate(schedules: dict[int, Schedule], nfe: int, path: NoisePath) -> Sc
     """
     nearest = max(schedules, key=lambda count: (-abs(count - nfe), count))
     known = schedules[nearest]
-    if known.spec.make().stages > 1 or known.spec.afs:
+    if known.spec.make().stages > 1 or known.spec.afs or known.direction_scales is not None:
         raise ValueError(
             f"the schedule learned for {nearest} evaluations uses {known.spec.solver}, whose stages cannot be interpolated; "
             f"use num_inference_steps = {' or '.join(map(str, sorted(schedules)))}"

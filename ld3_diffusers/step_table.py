@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .noise_path import Levels, NoisePath, float64
 from .solvers import Solver
+from .solvers.rows import Row, scaled_direction
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,9 @@ class StepTable:
         state: (N,) a.
         history: (N, W) c, of the newest prediction first.
         p, q: (N,) conversion of the network's output.
+        input_scale: (N,) what the state is multiplied by before the network sees it.
         start: factor of the unit-variance starting noise at `times[0]`.
+        direction_scales: (N,) AMED's, which are in `history` already; None for other tables.
         first_prediction: with an analytical first step, $m_{-1}$ as a multiple of the starting state; else None.
     """
 
@@ -43,7 +46,9 @@ class StepTable:
     history: Tensor
     p: Tensor
     q: Tensor
+    input_scale: Tensor
     start: Tensor
+    direction_scales: Tensor | None = None
     first_prediction: Tensor | None = None
 
     def __len__(self) -> int:
@@ -54,21 +59,36 @@ class StepTable:
         return any(t.requires_grad for t in (self.state, self.history, self.p, self.q, self.timesteps))
 
 
-def conversion(path: NoisePath, form: str, prediction_type: str, t: Tensor) -> tuple[Tensor, Tensor]:
-    r"""(p, q) with m = p x + q net(x, t): from $\hat x_0 = p_0 x + q_0\,\mathrm{net}$ by
-    $\hat\epsilon = (x-\alpha\hat x_0)/\sigma$ and $\hat u = (x-\hat x_0)/s$."""
+def conversion(
+    path: NoisePath, form: str, prediction_type: str, t: Tensor, level: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""(p, q) with m = p x + q net: from $\hat x_0 = p_0 x + q_0\,\mathrm{net}$ by
+    $\hat\epsilon = (x-\alpha\hat x_0)/\sigma$ and $\hat u = (x-\hat x_0)/s$, all at the network's time t (LD3).
+
+    With `level`, AMED's convention: the network sees the state scaled as if it were at t, see [`input_scale`], and its data prediction
+    becomes noise or velocity at the level where the state is.
+    """
     p, q = path.data_prediction(prediction_type, t)
     zero, one = torch.zeros_like(p), torch.ones_like(q)
+    if level is not None:
+        p = p * path.scale(t) / path.scale(level)
+        t = level
     if form == "data":
         return p, q
     if form == "noise":
-        if prediction_type == "epsilon" and not getattr(path, "preconditioned", False):
+        if prediction_type == "epsilon" and level is None and not getattr(path, "preconditioned", False):
             return zero, one
         alpha, sigma = path.alpha(t), path.sigma(t)
         return (1 - alpha * p) / sigma, -alpha * q / sigma
-    if prediction_type == "flow_prediction":
+    if prediction_type == "flow_prediction" and level is None:
         return zero, one
     return (1 - p) / t, -q / t
+
+
+def input_scale(path: NoisePath, t: Tensor, level: Tensor | None = None) -> Tensor:
+    """What the state is multiplied by before a network that is told t sees it; `level` as in [`conversion`]."""
+    scale = path.input_scale(t)
+    return scale if level is None else scale * path.scale(t) / path.scale(level)
 
 
 def check_times(times: Tensor, network_times: Tensor, path: NoisePath) -> None:
@@ -112,6 +132,8 @@ def build_table(
     analytical_first_step: bool = False,
     starting_scale: str | None = None,
     first: int = 0,
+    direction_scales=None,
+    wanted: range | None = None,
 ) -> StepTable:
     r"""Fill in a step table.
 
@@ -124,6 +146,9 @@ def build_table(
         starting_scale: "variance" starts where $\alpha^2+\sigma^2$ is the variance, "sigma" at sigma times the noise; default:
             "sigma" on variance-exploding paths, else "variance".
         first: index of the first row in the schedule that these times are the tail of.
+        direction_scales: (N,) factors of the rows' directions, see [`scaled_direction`]. With them the network's outputs are
+            converted as AMED does, see [`conversion`].
+        wanted: only these rows, before the first is folded in; of a two-stage solver whole steps.
 
     Raises:
         ValueError: for times that are not a schedule, or a solver or option that this path cannot have.
@@ -133,8 +158,15 @@ def build_table(
     check_times(times, network_times, path)
     form = solver.form(path)
     levels = path.levels(times)
-    rows = solver.rows(levels, first)
-    p, q = conversion(path, form, prediction_type, network_times)
+    wanted = range(len(network_times)) if wanted is None else wanted
+    rows = solver.rows(levels, first, wanted)
+    if direction_scales is not None:
+        direction_scales = float64(direction_scales)[wanted.start : wanted.stop]
+        rows = _scaled(rows, direction_scales, solver, first + wanted.start)
+    times, network_times = times[wanted.start : wanted.stop + 1], network_times[wanted.start : wanted.stop]
+    levels = Levels(*(part[wanted.start : wanted.stop + 1] for part in levels))
+    converted_at = None if direction_scales is None else times[:-1]
+    p, q = conversion(path, form, prediction_type, network_times, converted_at)
 
     width = max(len(row.history) for row in rows)
     zero = torch.zeros_like(rows[0].state)
@@ -149,12 +181,23 @@ def build_table(
         history=history,
         p=p,
         q=q,
+        input_scale=input_scale(path, network_times, converted_at),
         start=_starting_scale(levels, path, starting_scale),
+        direction_scales=direction_scales,
     )
-    if analytical_first_step:
+    if analytical_first_step and wanted.start == 0:
         table = _fold_first_step(table, levels, path)
     _check_entries(table)
     return table
+
+
+def _scaled(rows: list[Row], scales: Tensor, solver: Solver, first: int) -> list[Row]:
+    """`first` decides which rows are second stages; one whose step began before the table is scaled by itself."""
+    result = []
+    for i, (row, scale) in enumerate(zip(rows, scales)):
+        stage = rows[i - 1] if i and (first + i) % solver.stages == 1 else None
+        result.append(scaled_direction(row, scale, stage))
+    return result
 
 
 def _starting_scale(levels: Levels, path: NoisePath, starting_scale: str | None) -> Tensor:
@@ -186,7 +229,9 @@ def _fold_first_step(table: StepTable, levels: Levels, path: NoisePath) -> StepT
         history=table.history[1:],
         p=table.p[1:],
         q=table.q[1:],
+        input_scale=table.input_scale[1:],
         start=table.start * growth,
+        direction_scales=None if table.direction_scales is None else table.direction_scales[1:],
         first_prediction=multiple / growth,
     )
 
@@ -229,16 +274,21 @@ class Executor:
     Two paths, same numbers: with gradients in the table, the state or the output, plain torch; else numbers precomputed on
     the host, predictions in a ring buffer and one fused multiply-add a step, without host-device synchronisation. Arithmetic is
     in float32, or in float64 for float64 states, whatever the output's dtype.
+
+    Args:
+        threshold: bounds the data prediction.
+        fused: whether the second path may be taken; rows that become known while sampling ([`go_on_with`]) need the first.
     """
 
-    def __init__(self, table: StepTable, threshold=None):
+    def __init__(self, table: StepTable, threshold=None, fused: bool = True):
         self.table = table
+        self.first = 0  # index of the table's first row
         self.threshold = threshold  # of the data prediction; not linear, so not in the table
         self.done = 0
         self.predictions: list[Tensor] = []  # newest first, on the differentiable path
         self.ring: Tensor | None = None
         # Rows that differ between samples have no single weight, and stay with plain torch too.
-        self.differentiable = table.differentiable or table.state.ndim > 1
+        self.differentiable = table.differentiable or table.state.ndim > 1 or not fused
         if self.differentiable:
             return
         n, width = table.history.shape
@@ -251,6 +301,10 @@ class Executor:
         scale = torch.where(age < 0, torch.ones((), dtype=torch.float64), table.q[age.clamp(min=0)])
         self.weights = torch.zeros_like(table.history).scatter_(1, age % width, table.history * scale)
 
+    def go_on_with(self, table: StepTable) -> None:
+        """Take the next rows from this table; only without fused steps."""
+        self.table, self.first = table, self.done
+
     def step(self, x: Tensor, output: Tensor, p_q=None, hold: Tensor | None = None) -> Tensor:
         """The next state.
 
@@ -261,7 +315,7 @@ class Executor:
             hold: mask of entries that keep their state.
         """
         i = self.done
-        if i >= len(self.table):
+        if i - self.first >= len(self.table):
             raise ValueError(
                 f"all {len(self.table)} steps of this schedule are taken; call set_timesteps before sampling again"
             )
@@ -279,17 +333,17 @@ class Executor:
         return result if hold is None else torch.where(hold, x, result)
 
     def _step_plain(self, i, x, output, p_q):
-        table = self.table
+        table, row = self.table, i - self.first
         if i == 0 and table.first_prediction is not None:
-            self.predictions.append(table.first_prediction * x)
-        p, q = (table.p[i], table.q[i]) if p_q is None else p_q
+            self.predictions.append(_broadcast(table.first_prediction, x) * x)
+        p, q = (table.p[row], table.q[row]) if p_q is None else p_q
         prediction = _broadcast(p, x) * x + _broadcast(q, x) * output
         if self.threshold is not None:
             prediction = self.threshold(prediction)
         self.predictions = [prediction, *self.predictions[: table.history.shape[1] - 1]]
-        result = _broadcast(table.state[i], x) * x
+        result = _broadcast(table.state[row], x) * x
         for j, m in enumerate(self.predictions):
-            weight = table.history[i, j]
+            weight = table.history[row, j]
             if weight.requires_grad or bool((weight != 0).any()):
                 result = result + _broadcast(weight, x) * m
         return result.to(x.dtype)
@@ -342,5 +396,5 @@ def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:
     """A scalar, or a per-sample vector shaped to multiply x."""
     if coefficient.ndim == 0:
         return coefficient
-    coefficient = coefficient.to(x.device, x.dtype)
+    coefficient = coefficient.to(x.dtype).to(x.device, non_blocking=True)
     return coefficient if coefficient.ndim == x.ndim else coefficient.reshape(-1, *[1] * (x.ndim - 1))

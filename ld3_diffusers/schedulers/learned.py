@@ -35,18 +35,25 @@ def plain_json(schedules) -> dict[str, Any]:
         ) from error
 
 
-def read_schedules(schedules: dict[str, Any], config, path: NoisePath) -> dict[int, Schedule]:
+def read_schedules(
+    schedules: dict[str, Any], config, path: NoisePath, with_predictors: bool = False
+) -> dict[int, Schedule]:
     """The schedules, by number of evaluations, for the model that `config` describes.
+
+    Args:
+        with_predictors: whether stages may be predicted while sampling.
 
     Raises:
         ValueError: if one is malformed, was made for another model, or builds another table than it was saved with.
     """
-    return {int(nfe): _read(nfe, entry, config, path) for nfe, entry in schedules.items()}
+    return {int(nfe): _read(nfe, entry, config, path, with_predictors) for nfe, entry in schedules.items()}
 
 
-def _read(nfe, entry, config, path) -> Schedule:
+def _read(nfe, entry, config, path, with_predictors) -> Schedule:
     try:
         schedule = Schedule.from_dict(entry)
+        if schedule.predictor is not None and not with_predictors:
+            raise ValueError("its stages are predicted for each sample; load it with AMEDScheduler")
         # a path of kind "ve" is that of an "edm" config too, which only adds the preconditioning
         for name, mine in (("prediction_type", config["prediction_type"]), ("noise_path", path.kind)):
             if mine != getattr(schedule, name):
@@ -127,4 +134,6 @@ def check_provenance(schedules: dict[int, Schedule], pipe) -> None:
 def describe(nfe: int, schedule: Schedule) -> str:
     """One line of a scheduler's `repr`."""
     facts = ", ".join(f"{k}={v!r}" for k, v in schedule.provenance.items() if isinstance(v, (str, int, float)))
-    return f"  {nfe} evaluations: {schedule.spec.solver}, {facts or 'no provenance'}"
+    kind = "" if schedule.direction_scales is None else " with AMED's static stages"
+    kind = kind if schedule.predictor is None else " with stages predicted for each sample"
+    return f"  {nfe} evaluations: {schedule.spec.solver}{kind}, {facts or 'no provenance'}"

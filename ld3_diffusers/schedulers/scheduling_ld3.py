@@ -25,6 +25,12 @@ UNSCALED_START = (
 )
 
 
+UNSCALED_INPUT = (
+    "the network's input is scaled to the time that it is told (scale_time), but this pipeline does not call scale_model_input; "
+    "use a schedule without scaled times"
+)
+
+
 class LD3Scheduler(SchedulerMixin, ConfigMixin):
     r"""Runs a step table: any solver at any times, with the network told times of its own.
 
@@ -60,6 +66,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         "FlowMatchHeunDiscreteScheduler",
     ]
     order = 1  # one row is one network evaluation, also for two-stage solvers
+    runs_predictors = False  # whether schedules may name a predictor; see `AMEDScheduler`
 
     @register_to_config
     def __init__(
@@ -123,7 +130,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         if schedules is not None:
             schedules = plain_json(schedules)
             self.register_to_config(schedules=schedules)
-            self._schedules = read_schedules(schedules, self.config, self.path)
+            self._schedules = read_schedules(schedules, self.config, self.path, self.runs_predictors)
         if self._schedules:
             refuse_grid_flags(self.config)
         self._threshold = make_threshold(self.config)
@@ -136,7 +143,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
         self._table: StepTable | None = None
         self._executor: Executor | None = None
-        self._start_was_scaled = False
+        self._start_was_scaled = self._input_was_scaled = self._scales_input = False
         self._step_index = self._begin_index = None
         times = torch.linspace(self.path.t_max, self.path.t_min, num_train_timesteps, dtype=torch.float64)
         self.sigmas = self.path.levels(times).z.float()
@@ -240,10 +247,11 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         self._tell(self._table.timesteps, device)
         levels = self.path.levels(self._table.times)
         self.sigmas = levels.z.to(device=device, dtype=torch.float32)
-        scale = self.path.input_scale(self._table.network_times)
+        scale = self._table.input_scale
         self._input_scales = scale if scale.requires_grad else scale.tolist()
+        self._scales_input = scale.requires_grad or any(value != 1 for value in self._input_scales)
         self._executor = None
-        self._start_was_scaled = False
+        self._start_was_scaled = self._input_was_scaled = False
         self._step_index = self._begin_index = None
 
     def _choose(self, nfe, timesteps, sigmas, mu) -> tuple[Schedule, StepTable, float]:
@@ -327,11 +335,17 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         return self.index_for_timestep(timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """Times c_in on variance-exploding paths, else unchanged. Idempotent: it has no state."""
-        if self.path.kind != "ve":
-            return sample
+        """Times c_in on variance-exploding paths, and at AMED's stages as if at the level that the network is told; else unchanged.
+
+        Idempotent: what it returns depends on its arguments and the step alone.
+        """
         if self._table is None:
-            raise ValueError("call set_timesteps before sampling")
+            if self.path.kind == "ve":
+                raise ValueError("call set_timesteps before sampling")
+            return sample
+        self._input_was_scaled = True
+        if not self._scales_input:
+            return sample
         return (sample * self._input_scales[self._index_of(timestep)]).to(sample.dtype)
 
     # ------------------------------------------------------------------ stepping
@@ -366,19 +380,24 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
                 "drop the learned variance of the output, if it has one, and pass the sample that the model saw"
             )
         if self._step_index is None:
-            index = self._index_of(timestep)
-            if not index and self._table.first_prediction is not None and not self._start_was_scaled:
-                raise ValueError(UNSCALED_START)
-            # The history before a later start is missing, so its tail gets a table of its own.
-            table = self._schedule.table(self.path, mu=self._mu, first=index) if index else self._table
-            self._executor = Executor(table, self._threshold)
-            self._step_index = index
+            self._begin(self._index_of(timestep))
         if per_token_timesteps is None:
             previous = self._executor.step(sample, model_output).to(model_output.dtype)
         else:
             previous = self._step_per_token(model_output, sample, per_token_timesteps)
         self._step_index += 1
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+    def _begin(self, index: int, fused: bool = True) -> None:
+        """Start with row `index`."""
+        if not index and self._table.first_prediction is not None and not self._start_was_scaled:
+            raise ValueError(UNSCALED_START)
+        if self._scales_input and not self._input_was_scaled and self.path.kind != "ve":
+            raise ValueError(UNSCALED_INPUT)
+        # The history before a later start is missing, so its tail gets a table of its own.
+        table = self._schedule.table(self.path, mu=self._mu, first=index) if index else self._table
+        self._executor = Executor(table, self._threshold, fused)
+        self._step_index = index
 
     def _step_per_token(self, model_output, sample, per_token_timesteps):
         times = self.path.time(per_token_timesteps.to(sample.device).double())[..., None]

@@ -8,19 +8,19 @@ from .deis import DEIS
 from .dpmpp import DPMSolverMultistep
 from .euler import DDIM, Euler
 from .rows import Row, Solver
-from .two_stage import DPMSolver2, Heun
+from .two_stage import AMED, DPMSolver2, Heun
 from .unipc import UniPC
 
 
 SOLVERS: dict[str, type[Solver]] = {
     cls.name: cls
-    for cls in (Euler, DDIM, DPMSolverMultistep, UniPC, IPNDM, IPNDMV, AdamsBashforth, DEIS, Heun, DPMSolver2)
+    for cls in (Euler, DDIM, DPMSolverMultistep, UniPC, IPNDM, IPNDMV, AdamsBashforth, DEIS, Heun, DPMSolver2, AMED)
 }
 ORDERS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("euler", "ddim"), (1,)),
     **dict.fromkeys(("dpmpp", "unipc"), (1, 2, 3)),
     **dict.fromkeys(("ipndm", "ipndm_v", "abv", "deis"), (1, 2, 3, 4)),
-    **dict.fromkeys(("heun", "dpm2"), (2,)),
+    **dict.fromkeys(("heun", "dpm2", "amed"), (2,)),
 }
 VARIANTS = {"dpmpp": ("midpoint", "heun"), "unipc": ("bh2", "bh1"), "deis": ("logrho", "rhoab", "tab")}
 

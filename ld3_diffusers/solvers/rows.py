@@ -51,6 +51,19 @@ def derivative_row(levels: Levels, i: int, weights: list[Tensor]) -> Row:
     return Row(ratio, [step * w for w in weights])
 
 
+def scaled_direction(row: Row, scale: Tensor, stage: Row | None = None) -> Row:
+    r"""The row whose step goes `scale` times as far along its predictions: $x' = a x + c\sum_j w_j m_j$ (AMED, arXiv:2312.00094).
+
+    `stage` is the row before where both make one step of a two-stage solver. The step is then scaled as a whole, from the
+    state in which the stage began, unless the row goes on from the stage by itself, as Euler's.
+    """
+    if stage is None or len(row.history) == 1:
+        return Row(row.state, [scale * w for w in row.history])
+    moved = row.state * stage.history[0]  # what the stage has moved already
+    newest, before = row.history
+    return Row(row.state, [scale * newest, scale * (before + moved) - moved])
+
+
 def solve(matrix: list[list[Tensor]], right: list[Tensor]) -> list[Tensor]:
     """Solution of a small linear system whose entries may have trailing batch axes."""
     shape = torch.broadcast_shapes(*(e.shape for line in matrix for e in line), *(b.shape for b in right))
@@ -88,10 +101,11 @@ class Solver:
     def check(self, levels: Levels) -> None:
         """Raises a `ValueError` where the formula is undefined on these levels."""
 
-    def rows(self, levels: Levels, first: int = 0) -> list[Row]:
-        """All rows. `first` is the index of the first one in the schedule that these levels are the tail of."""
+    def rows(self, levels: Levels, first: int = 0, wanted: range | None = None) -> list[Row]:
+        """All rows, or those `wanted`. `first` is the index of the first one in the schedule that these levels are the tail of."""
         self.check(levels)
         num_rows = len(levels.time) - 1
+        wanted = range(num_rows) if wanted is None else wanted
         rows: list[Row | None] = [None] * num_rows
         groups: dict[tuple, list[int]] = {}
         previous_order = 0
@@ -100,7 +114,9 @@ class Solver:
             order = 1 if zero and self.lowers_order_at_zero else self.step_order(i, num_rows)
             kind = (order, previous_order, (first + i) % self.stages, zero, same_level(levels, i, i + 1))
             kind += (starts_at_pure_noise(levels, max(i - LOOK_BACK, 0)),)  # formulas drop such a level
-            if i < LOOK_BACK:
+            if i not in wanted:
+                pass
+            elif i < LOOK_BACK:
                 rows[i] = self.row(levels, i, *kind[:3])
             else:
                 groups.setdefault(kind, []).append(i)
@@ -112,7 +128,7 @@ class Solver:
             states, histories = batch.state.unbind(0), [w.unbind(0) for w in batch.history]
             for k, i in enumerate(members):
                 rows[i] = Row(states[k], [w[k] for w in histories])
-        return rows
+        return [rows[i] for i in wanted]
 
     lowers_order_at_zero = True
 

@@ -207,6 +207,22 @@ def test_two_stage_bookkeeping(name, path, to_zero, num_rows):
     build_table(solver, path, times, prediction_type="sample")
 
 
+@pytest.mark.parametrize("path", ["vp_linear", "ve", "flow"])
+@pytest.mark.parametrize("num_rows", range(1, 8))
+def test_steps_of_amed_to_zero_have_a_stage_where_evaluations_allow_it(path, num_rows):
+    solver, path = make_solver("amed"), PATHS[path]
+    ends = random_steps(path, solver.num_steps(num_rows, True) + 1, seed=1)
+    ends[-1] = 0.0
+    times = solver.expand_to(path, ends, num_rows)
+    rows = solver.rows(path.levels(times))
+    assert len(rows) == num_rows and [len(row.history) for row in rows] == [1, 2] * (num_rows // 2) + [1] * (
+        num_rows % 2
+    )
+    if num_rows % 2 == 0:
+        z = path.levels(torch.stack([times[-3], times[-2], torch.full_like(times[0], path.t_min)])).z
+        torch.testing.assert_close(z[1], (z[0] * z[2]).sqrt())
+
+
 @pytest.mark.parametrize("label", SOLVERS)
 @pytest.mark.parametrize("first", [1, 2, 5])
 def test_tails_start_first_order_and_keep_parity(label, first):
