@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules published elsewhere, as [`Schedule`]s: lists of times, lists of sigmas, LD3's `.pt` files.
+"""Schedules published elsewhere: lists of times, lists of sigmas, LD3's `.pt` files, AMED's predictors.
 
 path = LD3Scheduler.from_config(pipe.scheduler.config).path
 schedule = import_times("[1, .76668, .48113, .18417, .001]", path=path, solver="ipndm", solver_order=2)
@@ -9,13 +9,18 @@ pipe.scheduler = scheduler_for(schedule, pipe.scheduler.config)
 import ast
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from .amed import FORMS, STUDENT_KEYS, amed_schedule, static_schedule
+from .amed_predictor_file import DISCRETIZATIONS, read_predictor_file
+from .discretization import discretization
 from .noise_path import NoisePath, float64
 from .schedule import SOLVER_KEYS, Schedule, SolverSpec
-from .schedulers import LD3Scheduler
+from .schedulers import AMEDScheduler, LD3Scheduler
+from .schedulers.scheduling_amed import check_predictor
 
 
 def _numbers(values, name: str) -> torch.Tensor:
@@ -117,10 +122,55 @@ def import_pt(file: str | Path, *, path: NoisePath, prediction_type: str | None 
     )
 
 
+def import_amed(file: str | Path, config, *, form: str = "per_sample") -> AMEDScheduler:
+    """A predictor of AMED's authors, `network-snapshot-*.pkl`, as a scheduler; no code in the file is run.
+
+    Step ends are those of the file's discretization on the noise path of the pipeline, from t_max to t_min.
+
+    Args:
+        config: the pipeline's `scheduler.config`; of the model that the predictor was trained with.
+        form: "per_sample": stages are predicted for each sample, after `attach(pipe)`; "static": they are what the
+            predictor says to a bottleneck of zeros, plain times that every pipeline and [`LD3Scheduler`] can use.
+            Static stages are good ones for some solvers, not for dpm2: compare them.
+
+    Raises:
+        ValueError: if the file is no such predictor, or was trained on other noise levels than the pipeline has.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r} of a predictor; use one of {', '.join(FORMS)}")
+    predictor, settings = read_predictor_file(file)
+    plain = AMEDScheduler.from_config(config, schedules=None)
+    path = plain.path
+    if path.kind == "flow":
+        raise ValueError(
+            "AMED's predictor files are of diffusion models and this pipeline has rectified flow; train stages for it "
+            "with training.train_amed"
+        )
+    name = DISCRETIZATIONS[settings["schedule_type"]]
+    rho = None if name == "logsnr" else settings["schedule_rho"]
+    steps = discretization(name, path, predictor.config.num_steps, rho=rho)
+    spec = SolverSpec(**{key: predictor.config[key] for key in STUDENT_KEYS})
+    schedule = amed_schedule(steps, spec, path, plain.config.prediction_type)
+    check_predictor(predictor, schedule, path)
+    facts = {"imported_from": Path(file).name, "amed_settings": settings}
+    if settings["guidance_type"] == "cfg":
+        facts["guidance_scale"] = settings["guidance_rate"]
+    schedule = replace(schedule, provenance=facts)
+    if form == "static":
+        return _scheduler_for(static_schedule(schedule, predictor, path), config, AMEDScheduler)
+    scheduler = _scheduler_for(schedule, config, AMEDScheduler)
+    scheduler.set_predictor(schedule.nfe, predictor)
+    return scheduler
+
+
 def scheduler_for(schedule: Schedule, config) -> LD3Scheduler:
     """An [`LD3Scheduler`] made from a pipeline's `scheduler.config` that serves this schedule."""
+    return _scheduler_for(schedule, config, LD3Scheduler)
+
+
+def _scheduler_for(schedule, config, cls):
     names = ("solver", "solver_order", "solver_type", "predict_x0")
     # None, a solver's default, is no value to a stock scheduler that may be made from this config
     spec = {key: getattr(schedule.spec, key) for key in names if getattr(schedule.spec, key) is not None}
-    plain = LD3Scheduler.from_config(config, schedules=None)
-    return LD3Scheduler.from_config(config, schedules={str(schedule.nfe): schedule.to_dict(plain.path)}, **spec)
+    plain = cls.from_config(config, schedules=None)
+    return cls.from_config(config, schedules={str(schedule.nfe): schedule.to_dict(plain.path)}, **spec)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "scheduler_config.json"
-OWN_CLASS = "LD3Scheduler"
+OWN_CLASSES = ("LD3Scheduler", "AMEDScheduler")
 # A schedule of 1000 evaluations takes 45 KB, and one that is worth learning less than 1: no honest config comes near.
 MAX_BYTES = 4 * 2**20
 
@@ -118,7 +118,7 @@ def _check_class(config, cls) -> None:
     name = config.get("_class_name")
     if name is None:  # written by hand
         return
-    if name in (cls.__name__, OWN_CLASS):
+    if name in (cls.__name__, *OWN_CLASSES):
         # the last names options to take no notice of, which Diffusers does not save
         unknown = unknown_options(config, cls) + [key for key in config if key == "_use_default_values"]
         if unknown:
