@@ -3,10 +3,11 @@
 
 for found in find_schedules(base_model="stabilityai/stable-diffusion-2-1-base", nfe=5):
     print(found.repo_id, list_variants(found.repo_id))
-pipe.scheduler = LD3Scheduler.from_pretrained(found.repo_id, subfolder=...)
+pipe.scheduler = load_scheduler(found.repo_id, subfolder=...)  # then attach(pipe), where `stages` is "per sample"
 
 A repository of schedules has a `scheduler_config.json` in its root, in subfolders, or both, each perhaps with a `certificate.json`
-beside it; its card has the tags `ld3-schedule` and, for each number of evaluations, `ld3-nfe-<number>`.
+beside it, and with the predictors of schedules whose stages are predicted for each sample (AMED). Its card has the tags
+`ld3-schedule` and, for each number of evaluations, `ld3-nfe-<number>`.
 """
 
 import json
@@ -30,8 +31,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .schedulers import LD3Scheduler
-from .schedulers.config_file import CONFIG_NAME
+from .schedulers import AMEDScheduler, LD3Scheduler
+from .schedulers.config_file import CONFIG_NAME, lookup_errors
 
 
 SCHEDULE_TAG = "ld3-schedule"
@@ -45,7 +46,7 @@ SHIM_NAME = "ld3_shim"
 SHIM = """# SPDX-License-Identifier: Apache-2.0
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 
-from ld3_diffusers import LD3Scheduler  # noqa: F401
+from ld3_diffusers import AMEDScheduler, LD3Scheduler  # noqa: F401
 """
 PIPELINE_CARD = """---
 library_name: diffusers
@@ -71,7 +72,7 @@ class PublishedSchedules:
     """A repository of schedules on the Hub, as its tags describe it.
 
     Attributes:
-        repo_id: for [`list_variants`] and `LD3Scheduler.from_pretrained`.
+        repo_id: for [`list_variants`] and [`load_scheduler`].
         base_model: Hub id of the model that the schedules are for; None if the card names none.
         nfe: numbers of evaluations with a learned schedule in any of the variants.
         downloads, likes, last_modified: as the Hub counts them.
@@ -90,11 +91,12 @@ class Variant:
     """One config of a repository of schedules. What its schedules do not agree on, or do not say, is None.
 
     Attributes:
-        subfolder: for `LD3Scheduler.from_pretrained`; None: the root.
+        subfolder: for [`load_scheduler`]; None: the root.
         solver, solver_order: of the learned schedules; order None: the solver's default.
         nfe: numbers of evaluations with a learned schedule.
         guidance_scale, height, width, dtype: what they were learned with.
         certified: a certificate lies beside the config; whether it is true, only measuring again can tell.
+        stages: of AMED's schedules "static", or "per sample", which [`AMEDScheduler`] serves and attaches to the pipeline.
     """
 
     subfolder: str | None
@@ -106,6 +108,7 @@ class Variant:
     width: int | None
     dtype: str | None
     certified: bool
+    stages: str | None = None
 
 
 def find_schedules(
@@ -153,13 +156,42 @@ def _published(info) -> PublishedSchedules:
     )
 
 
+def load_scheduler(
+    pretrained_model_name_or_path: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **options,
+) -> LD3Scheduler:
+    """The scheduler of a folder or a Hub repository as the class that saved it, an [`AMEDScheduler`] with its predictors or an
+    [`LD3Scheduler`].
+
+    Args:
+        subfolder, revision, token, options: as of [`LD3Scheduler.from_pretrained`].
+
+    Raises:
+        OSError, ValueError: as there.
+    """
+    places = {"revision": revision, "token": token, **options}
+    kind, _ = _saved(pretrained_model_name_or_path, subfolder, **places)
+    return kind.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **places)
+
+
+def _saved(origin: str | os.PathLike, subfolder: str | None = None, **places) -> tuple[type[LD3Scheduler], dict]:
+    """The class that saved a scheduler, and its config."""
+    with lookup_errors(origin, subfolder):
+        config = LD3Scheduler.load_config(origin, subfolder=subfolder, **places)
+    return AMEDScheduler if config.get("_class_name") == AMEDScheduler.__name__ else LD3Scheduler, config
+
+
 def list_variants(
     repo_id: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
 ) -> list[Variant]:
     """What a repository of schedules (or a folder that has the form of one) holds, the root first.
 
     Only configs and certificates are downloaded, and kept: once listed, a repository can be listed and its schedules loaded
-    without a connection.
+    without a connection, but for those whose stages are predicted for each sample.
 
     Args:
         revision: branch, tag or commit.
@@ -185,11 +217,14 @@ def list_variants(
 
 def _variant(folder: Path, place: str) -> Variant:
     try:
-        scheduler = LD3Scheduler.from_pretrained(folder / place)
+        kind, config = _saved(folder / place)
+        with lookup_errors(folder / place, None):
+            scheduler = kind.from_config(config)  # without predictors
     except ValueError as error:
         raise ValueError(f"the schedules in the subfolder {place!r} cannot be used: {error}") from error
     entries = list((scheduler.config.schedules or {}).values())
     provenances = [entry.get("provenance") or {} for entry in entries]
+    stages = {schedule.stages for schedule in scheduler.learned_schedules.values()}
     return Variant(
         subfolder=None if place == "." else place,
         solver=_common(entries, "solver", str),
@@ -200,6 +235,7 @@ def _variant(folder: Path, place: str) -> Variant:
         width=_common(provenances, "width", int),
         dtype=_common(provenances, "dtype", str),
         certified=(folder / place / CERTIFICATE_NAME).is_file(),
+        stages=stages.pop() if len(stages) == 1 else None,
     )
 
 
@@ -219,7 +255,7 @@ def save_pipeline(
     private: bool | None = None,
     **save_kwargs,
 ) -> CommitInfo | None:
-    """Save a whole pipeline with its [`LD3Scheduler`] so that it loads anywhere, and publish it if asked to.
+    """Save a whole pipeline with its [`LD3Scheduler`] or [`AMEDScheduler`] so that it loads anywhere, and publish it if asked to.
 
     `pipe.save_pretrained` names a class that Diffusers does not have, and refuses to download. Here a file of two imports lies
     beside the scheduler's config: `DiffusionPipeline.from_pretrained(folder_or_repository, trust_remote_code=True)`, where
@@ -239,7 +275,8 @@ def save_pipeline(
     Raises:
         ValueError: for a pipeline with another scheduler, a folder that holds something, or an upload that failed.
     """
-    learned = [name for name, component in pipe.components.items() if type(component) is LD3Scheduler]
+    parts = pipe.components.items()
+    learned = {name: type(part).__name__ for name, part in parts if type(part) in (LD3Scheduler, AMEDScheduler)}
     if not learned:
         raise ValueError(
             f"the scheduler of this pipeline is a {type(getattr(pipe, 'scheduler', None)).__name__}; set pipe.scheduler to an "
@@ -255,15 +292,15 @@ def save_pipeline(
         complete = Path(partial, target.name)
         pipe.save_pretrained(complete, **save_kwargs)
         index = json.loads((complete / "model_index.json").read_text(encoding="utf-8"))
-        for name in learned:
+        for name, kind in learned.items():
             (complete / name / f"{SHIM_NAME}.py").write_text(SHIM, encoding="utf-8")
-            index[name] = [SHIM_NAME, LD3Scheduler.__name__]
+            index[name] = [SHIM_NAME, kind]
         (complete / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rmdir()
         os.replace(complete, target)
     if push_to_hub:
-        return _upload(target, repo_id or target.name, learned[0], HfApi(token=token), private)
+        return _upload(target, repo_id or target.name, next(iter(learned)), HfApi(token=token), private)
     return None
 
 

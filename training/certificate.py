@@ -7,7 +7,7 @@
 |---|---|
 | `teacher`, `base_model`, `pipeline`, `dtype` | whose samples are imitated: name, Hub id, revision, digest of the weights |
 | `call_settings` | arguments of the pipeline's call, for the teacher and all schedulers alike |
-| `solver` | of the learned schedules, with its options |
+| `solver` | of the learned schedules, with its options; of AMED's also how the `stages` of its steps are placed |
 | `teacher_schedule` | the long schedule whose end points are the target |
 | `metric` | in words |
 | `runs` | seeds, prompts, machine, date and versions of each run of certification |
@@ -54,6 +54,16 @@ def entry_hash(entry: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def sampler_name(solver: dict[str, Any]) -> str:
+    """A certificate's `solver` in words, e.g. "unipc of order 2" or "AMED-Plugin on ipndm of order 4, static stages"."""
+    order = "" if solver["solver_order"] is None else f" of order {solver['solver_order']}"
+    stages = solver.get("stages")
+    if stages is None:
+        return f"{solver['solver']}{order}"
+    steps = "AMED-Solver" if solver["solver"] == "amed" else f"AMED-Plugin on {solver['solver']}{order}"
+    return f"{steps}, {'static stages' if stages == 'static' else 'stages predicted for each sample'}"
+
+
 def how_made(entries: dict[str, dict]) -> str:
     """In a word: "searched" if all of these schedules come from a search program, "learned", or what both are."""
     words = {"searched" if "search" in (entry.get("provenance") or {}) else "learned" for entry in entries.values()}
@@ -62,13 +72,15 @@ def how_made(entries: dict[str, dict]) -> str:
 
 def solver_facts(entry: dict[str, Any]) -> dict[str, Any]:
     """The solver of a schedule with its options, defaults filled in."""
-    spec = Schedule.from_dict(entry).spec
+    schedule = Schedule.from_dict(entry)
+    spec = schedule.spec
     solver = spec.make()
     return {
         "solver": spec.solver,
         "solver_order": getattr(solver, "order", None),
         "solver_type": getattr(solver, "variant", None),
         **{name: getattr(spec, name) for name in ("predict_x0", "lower_order_final", "afs", "starting_scale")},
+        "stages": schedule.stages,
     }
 
 
@@ -142,7 +154,7 @@ def settings(teacher: dict, base_model: str | None, facts: dict) -> dict[str, An
         "pipeline": facts["pipeline"],
         "dtype": facts["dtype"],
         "call_settings": call_settings(facts),
-        "solver": {name: facts[name] for name in SOLVER},
+        "solver": {name: facts[name] for name in (*SOLVER, *(["stages"] if facts["stages"] else []))},
         "teacher_schedule": {name.removeprefix("teacher_"): facts[name] for name in TEACHER_SCHEDULE},
         "metric": METRIC,
     }
@@ -251,7 +263,7 @@ def check(certificate: dict[str, Any], schedules: dict[str, dict]) -> None:
         )
     facts = shared_facts(schedules)
     claimed = {
-        **dict.fromkeys(CALL_SETTINGS),
+        **dict.fromkeys((*CALL_SETTINGS, "stages")),
         **certificate["call_settings"],
         **certificate["solver"],
         **{f"teacher_{name}": value for name, value in certificate["teacher_schedule"].items()},

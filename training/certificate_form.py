@@ -36,6 +36,7 @@ FORM = {
         **{"mean": NUMBER + NONE, "distances": LIST + NONE},
     },
 }
+STAGES = ("static", "per sample")  # of AMED's steps; schedules without them have no such key in their `solver`
 CALL_TYPES = {"negative_prompt": TEXT, "guidance_scale": NUMBER, "true_cfg_scale": NUMBER}
 
 
@@ -63,8 +64,11 @@ def validate(content: Any) -> None:
             f"this certificate has format version {content['format_version']!r}, this program reads {FORMAT_VERSION}; update it"
         )
     _shaped("certificate", content, "the certificate")
-    for name in ("teacher", "solver", "teacher_schedule"):
+    for name in ("teacher", "teacher_schedule"):
         _shaped(name, content[name], name)
+    solver = dict(content["solver"])
+    _require(solver.pop("stages", STAGES[0]) in STAGES, "solver.stages")
+    _shaped("solver", solver, "solver")
     for name, value in content["call_settings"].items():
         _require(name in CALL_SETTINGS and _is(value, CALL_TYPES.get(name, COUNT)), f"call_settings.{name}")
     for label, run in content["runs"].items():

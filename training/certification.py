@@ -24,9 +24,9 @@ from ld3_diffusers.schedulers.learned import check_model
 
 from .arguments import parse
 from .call_settings import call_settings
-from .certificate import entry_hash, how_made, solver_facts
+from .certificate import entry_hash, how_made
 from .comparison import Comparison, Contender, best_by_name
-from .contenders import stock_contenders
+from .contenders import copy_of, setting_of, stock_contenders
 from .make_teacher_set import encode_and_sample, parser, request, teacher_scheduler
 from .processes import on_main
 from .report import pick_columns, save_grid, save_schedules, write_whole
@@ -112,22 +112,20 @@ def pairs_for(
 
 
 def measure(
-    comparison: Comparison, pairs: TeacherSet, config: dict[str, Any], nfes: list[str], stock, work: Path, accelerator
+    comparison: Comparison, pairs: TeacherSet, scheduler: LD3Scheduler, nfes: list[str], stock, work: Path, accelerator
 ) -> Measured:
     """Distances of the learned schedules and of all stock schedulers, for each number of evaluations.
 
     Args:
-        config: scheduler config with the learned `schedules`.
+        scheduler: with the learned schedules.
         stock: config of the pipeline's own scheduler.
     """
-    result = {}
+    check_model(scheduler.config, comparison.scheduler.config)  # the digest is of the weights alone
+    result, entries = {}, scheduler.config.schedules
     for nfe in nfes:
-        entry = config["schedules"][nfe]
-        scheduler = LD3Scheduler.from_config({**config, "schedules": {nfe: entry}})
-        check_model(scheduler.config, comparison.scheduler.config)  # the digest is of the weights alone
-        solver = solver_facts(entry)
-        setting = solver["solver"] + (f" {solver['solver_order']}" if solver["solver_order"] else "")
-        subject = Contender(how_made({nfe: entry}), scheduler, int(nfe), setting)
+        schedule = scheduler.learned_schedules[int(nfe)]
+        setting = setting_of(schedule.spec, schedule.stages)
+        subject = Contender(how_made({nfe: entries[nfe]}), copy_of(scheduler), int(nfe), setting)
         result[nfe] = subject, list(stock_contenders(stock, int(nfe)))
     batch_size = pairs.provenance["shard_size"]
     jobs = [(nfe, contender) for nfe, (learned, others) in result.items() for contender in (learned, *others)]
@@ -145,7 +143,7 @@ def measure(
             dict(stock),
         ]
         if contender is result[nfe][0]:
-            identity.append(entry_hash(config["schedules"][nfe]))
+            identity.append(entry_hash(entries[nfe]))
         file = work / "distances" / f"{_digest(identity)}.json"
         progress.set_postfix_str(f"{nfe} evaluations, {contender.label}", refresh=False)
         found = on_main(lambda file=file: _stored(file, len(pairs)), accelerator)

@@ -3,13 +3,16 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
+
+from ld3_diffusers import LD3Scheduler
 
 from .conditioning import Conditioning
 from .processes import share
@@ -54,6 +57,13 @@ class Contender:
     def label(self) -> str:
         return f"{self.name} ({self.setting})" if self.setting else self.name
 
+    @property
+    def stages(self) -> str | None:
+        """How AMED's stages are placed in its schedule, see [`Schedule.stages`]; None for one without, or none of ours."""
+        ours = isinstance(self.scheduler, LD3Scheduler)
+        learned = self.scheduler.learned_schedules.get(self.num_inference_steps) if ours else None
+        return None if learned is None else learned.stages
+
 
 # ---------------------------------------------------------------------- what they do
 
@@ -93,18 +103,30 @@ class Comparison(PipelineRollout):
             nonlocal last, steps
             last, steps = result, steps + 1
 
-        own = self.scheduler
-        self.pipe.scheduler = self.scheduler = contender.scheduler
-        try:
-            if not own.config.use_dynamic_shifting:
+        shifts = self.scheduler.config.use_dynamic_shifting
+        with self._driven_by(contender):
+            if not shifts:
                 # Some pipelines scale their starting noise before they set the timesteps.
                 contender.scheduler.set_timesteps(contender.num_inference_steps, device=self.device)
             self._run(contender.num_inference_steps, arguments, on_step)
-        finally:
-            self.pipe.scheduler = self.scheduler = own
         contender.evaluations = steps
         # DiT carries guidance's doubled batch through its scheduler; the halves are equal.
         return last[: len(noise)].float().cpu()
+
+    @contextmanager
+    def _driven_by(self, contender: Contender) -> Iterator[None]:
+        """The pipeline with a contender's scheduler, attached where that predicts stages for each sample."""
+        own, scheduler = self.scheduler, contender.scheduler
+        attaches = contender.stages == "per sample"
+        self.pipe.scheduler = self.scheduler = scheduler
+        try:
+            if attaches:
+                scheduler.attach(self.pipe)
+            yield
+        finally:
+            if attaches:
+                scheduler.detach()
+            self.pipe.scheduler = self.scheduler = own
 
     def ends(self, contender: Contender, pairs: TeacherSet, indices: Sequence[int]) -> Tensor:
         """End states from the noises of some pairs."""

@@ -3,7 +3,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ld3_diffusers import LD3Scheduler, Schedule, SolverSpec
+from ld3_diffusers import AMEDPredictor, AMEDScheduler, LD3Scheduler, Schedule, SolverSpec, load_scheduler
 from ld3_diffusers.schedule import SOLVER_KEYS
 from ld3_diffusers.schedulers.learned import check_model
 
@@ -187,25 +187,48 @@ class NamedScheduler:
         return [Contender(self.name, self._stock(), _steps(self._stock, nfe), setting, spec=spec.text)]
 
     def _learned(self, nfe: int) -> tuple[LD3Scheduler, int, str]:
-        scheduler = LD3Scheduler.from_config(self.scheduler.config)
+        scheduler = copy_of(self.scheduler)
         try:
-            _set_timesteps(scheduler, nfe)
+            # Where stages are predicted, its own would ask for the pipeline.
+            _set_timesteps(scheduler, nfe, LD3Scheduler)
         except ValueError as error:
             raise NoSchedule(str(error)) from error
         learned = scheduler.learned_schedules.get(nfe)
-        solver = (scheduler.spec if learned is None else learned.spec).make()
-        setting = [f"{solver.name} {solver.order}" if getattr(solver, "order", None) else solver.name]
-        if learned is None:
-            setting.append(
-                "interpolated" if scheduler.learned_counts else scheduler.config.discretization or "stock grid"
-            )
-        return LD3Scheduler.from_config(self.scheduler.config), nfe, ", ".join(setting)
+        if learned is not None:
+            return copy_of(self.scheduler), nfe, setting_of(learned.spec, learned.stages)
+        grid = "interpolated" if scheduler.learned_counts else scheduler.config.discretization or "stock grid"
+        return copy_of(self.scheduler), nfe, f"{setting_of(scheduler.spec)}, {grid}"
+
+
+def setting_of(spec: SolverSpec, stages: str | None = None) -> str:
+    """A solver in tables, e.g. "unipc 3", and how AMED's stages are placed."""
+    solver = spec.make()
+    name = f"{solver.name} {solver.order}" if getattr(solver, "order", None) else solver.name
+    return name if stages is None else f"{name}, {'static stages' if stages == 'static' else 'stages per sample'}"
+
+
+def scheduler_from(config: Mapping[str, Any], predictors: Mapping[int, AMEDPredictor]) -> LD3Scheduler:
+    """The scheduler of a config: an [`AMEDScheduler`] where stages are predicted for each sample, else an [`LD3Scheduler`]."""
+    entries = (config["schedules"] or {}).values()
+    if any(entry.get("predictor") is not None for entry in entries):
+        return AMEDScheduler.from_config(config, predictors=predictors)
+    return LD3Scheduler.from_config(config)
+
+
+def copy_of(scheduler: LD3Scheduler, **options) -> LD3Scheduler:
+    """The scheduler anew, with other options of its config, and attached to nothing; predictors are shared."""
+    return scheduler_from({**scheduler.config, **options}, predictors_of(scheduler))
+
+
+def predictors_of(scheduler: LD3Scheduler) -> Mapping[int, AMEDPredictor]:
+    """By number of evaluations; those that place stages for each sample."""
+    return scheduler.predictors if isinstance(scheduler, AMEDScheduler) else {}
 
 
 def _saved(spec: SchedulerSpec, options: dict[str, Any]) -> LD3Scheduler:
     """Learned schedules, with another solver where options say so."""
     place = {key: spec.options[key] for key in PLACES if key in spec.options}
-    scheduler = LD3Scheduler.from_pretrained(spec.source, **place)
+    scheduler = load_scheduler(spec.source, **place)
     if not scheduler.learned_counts:
         return LD3Scheduler.from_config(scheduler.config, **options)
     solver = {key: value for key, value in options.items() if key in SOLVER_KEYS}
@@ -215,7 +238,7 @@ def _saved(spec: SchedulerSpec, options: dict[str, Any]) -> LD3Scheduler:
         else scheduler.config.schedules[str(nfe)]
         for nfe in scheduler.learned_counts
     }
-    return LD3Scheduler.from_config({**scheduler.config, "schedules": entries, **options})
+    return copy_of(scheduler, schedules=entries, **options)
 
 
 def _with_solver(schedule: Schedule, options: dict[str, Any]) -> Schedule:
@@ -229,17 +252,23 @@ def _with_solver(schedule: Schedule, options: dict[str, Any]) -> Schedule:
     if options.get("solver", own.solver) != own.solver:
         kept |= {"solver_order": None, "solver_type": None}
     other = SolverSpec(**{**kept, **options})
+    if schedule.stages is not None and other != own:
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise ValueError(
+            f"AMED's stages were learned for {setting_of(own)} and serve no other solver; drop {given}, or train them with "
+            "training.train_amed"
+        )
     stages = {spec.make().stages for spec in (own, other)}
     if len(stages) > 1 or other.afs != own.afs or (stages == {2} and other.solver != own.solver):
         raise ValueError(f"{other.solver} cannot run on levels that were learned for {own.solver}; drop solver=")
     return replace(schedule, spec=other, checksum=None)
 
 
-def _set_timesteps(scheduler: SchedulerMixin, steps: int) -> None:
-    """With some shift where one is asked for: the number of timesteps is the same with any. By the class's own method, which
-    needs no pipeline's shift.
+def _set_timesteps(scheduler: SchedulerMixin, steps: int, kind: type[SchedulerMixin] | None = None) -> None:
+    """With some shift where one is asked for: the number of timesteps is the same with any. By the method of its class, or of
+    `kind`, which needs no pipeline's shift.
     """
-    set_timesteps = type(scheduler).set_timesteps
+    set_timesteps = (kind or type(scheduler)).set_timesteps
     takes = "mu" in inspect.signature(set_timesteps).parameters
     set_timesteps(scheduler, steps, **({"mu": 1.0} if takes and scheduler.config.get("use_dynamic_shifting") else {}))
 

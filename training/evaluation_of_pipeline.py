@@ -2,6 +2,7 @@
 """An evaluation of schedulers on a pipeline: who takes part, what is measured, and the results."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -254,16 +255,22 @@ def measure(measurement: Measurement, entrants: Sequence[Entrant], subject: str,
         measurement.run(entrants, accelerator, on_measured)
 
 
-def local_errors_of(measurement: Measurement, entrants: Sequence[Entrant], accelerator) -> dict[str, list[float]]:
-    """By key, the error of each step by itself of those with a schedule of ours; see [`local_errors`]."""
+def local_errors_of(
+    measurement: Measurement, entrants: Sequence[Entrant], accelerator
+) -> dict[str, list[float | None]]:
+    """By key, the error of each step by itself of those with one schedule of ours for all samples; see [`local_errors`]."""
     from .local_error import local_errors
 
     comparison, samples, store = measurement.comparison, measurement.samples, measurement.store
     positions = range(min(LOCAL_ERROR_SAMPLES, len(samples)))
     name = f"local-errors-{len(positions)}"
-    mine = [each for each in entrants if isinstance(each.contender.scheduler, LD3Scheduler)]
+    mine = [
+        each
+        for each in entrants
+        if isinstance(each.contender.scheduler, LD3Scheduler) and each.contender.stages != "per sample"
+    ]
 
-    def errors(each: Entrant) -> list[float]:
+    def errors_of(each: Entrant) -> list[float | None]:
         found = store.score(each.key, name)
         if found is None:
             noise = samples.noise(positions, measurement.shape)
@@ -271,17 +278,18 @@ def local_errors_of(measurement: Measurement, entrants: Sequence[Entrant], accel
             # As the pipeline runs it, with its shift.
             comparison.follow(each.contender, noise, conditioning)
             schedule = each.contender.scheduler.schedule
-            found = local_errors(comparison, schedule, noise, conditioning).tolist()
+            errors = local_errors(comparison, schedule, noise, conditioning).tolist()
+            found = [error if math.isfinite(error) else None for error in errors]  # JSON has no NaN
             store.write_score(each.key, name, found)
         return found
 
-    return dict(zip((each.key for each in mine), share(mine, errors, accelerator)))
+    return dict(zip((each.key for each in mine), share(mine, errors_of, accelerator)))
 
 
 # ---------------------------------------------------------------------- results
 
 
-def entry_of(measurement: Measurement, each: Entrant, errors: dict[str, list[float]]) -> Entry:
+def entry_of(measurement: Measurement, each: Entrant, errors: dict[str, list[float | None]]) -> Entry:
     store, contender = measurement.store, each.contender
     schedule = None
     if {LEVELS, TOLD} <= store.columns(each.key, 0):
@@ -308,6 +316,12 @@ def notes(measurement: Measurement, entrants: Sequence[Entrant]) -> list[str]:
                 f"{int((~finite).sum())} of {len(finite)} samples of {each.contender.label} at {each.nfe} evaluations are not finite; "
                 "their pictures are black"
             )
+    predicted = dict.fromkeys(each.contender.name for each in entrants if each.contender.stages == "per sample")
+    if predicted:
+        sentences.append(
+            f"the stages of {', '.join(predicted)} are predicted for each sample: schedules are drawn with those of the bare solver, "
+            "and there are no errors of single steps"
+        )
     random = dict.fromkeys(each.contender.name for each in entrants if is_stochastic(each.contender.scheduler))
     if random:
         sentences.append(

@@ -36,12 +36,15 @@ class Visitable(Protocol):
 
 
 def step_ends(schedule: Schedule) -> list[int]:
-    """The evaluations after which a step is complete: all, but for the first of the two of a two-stage step."""
+    """The evaluations after which a step is complete: all, but for the first of the two of a two-stage or an AMED step.
+
+    AMED's direction scale makes up for the errors of both of a step's rows, whatever its solver.
+    """
     rows = len(schedule.times) - 1
     skipped = int(schedule.spec.afs)
     solver = schedule.spec.make()
     # Steps of one evaluation come last: all of them, or those that `expand_to` leaves to a two-stage solver.
-    steps = solver.num_steps(rows, bool(schedule.times[-1] == 0))
+    steps = solver.num_steps(rows, bool(schedule.times[-1] == 0)) if schedule.stages is None else rows // 2
     paired = 2 * (rows - steps)
     return [row - skipped for row in range(skipped, rows) if row >= paired or row % 2]
 
@@ -114,8 +117,10 @@ def local_errors(
         solver: the teacher's; two-stage solvers need no history and are accurate from the first step on.
 
     Raises:
-        ValueError: for fewer than 2 substeps.
+        ValueError: for fewer than 2 substeps, or a schedule whose stages are predicted for each sample.
     """
+    if schedule.stages == "per sample":
+        raise ValueError("stages that are predicted for each sample have no table of their own; use a static schedule")
     teacher, ends = refined(schedule, rollout.path, substeps, solver)
     states: dict[int, Tensor] = {}
     student_row = dict(zip(ends, step_ends(schedule)))

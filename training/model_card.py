@@ -6,10 +6,11 @@ from typing import Any
 import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 
+from ld3_diffusers import Schedule
 from ld3_diffusers.hub import NFE_TAG, SCHEDULE_TAG
 
 from .call_settings import CALL_SETTINGS
-from .certificate import contenders, how_made
+from .certificate import contenders, how_made, sampler_name
 from .comparison import CONFIDENCE, best_by_name, paired_interval
 from .published import PICTURES, Repository, Variant
 
@@ -17,12 +18,19 @@ from .published import PICTURES, Repository, Variant
 # by the recipe that a schedule names
 SEARCHES = {"gits": ("GITS", "https://arxiv.org/abs/2405.11326"), "oss": ("OSS", "https://arxiv.org/abs/2503.21774")}
 LD3 = ("LD3", "https://arxiv.org/abs/2405.15506")
+AMED = ("AMED", "https://arxiv.org/abs/2312.00094")
 NOUNS = {"learned": "learning", "searched": "the search"}
 LIMITS = """- A schedule belongs to this model, dtype, guidance scale, resolution and solver, and to its number of evaluations; nothing was
   measured for fine-tuned models.
 - It imitates the teacher's long schedule from the same noise. What was measured is the distance to its end points, not how
   pictures please.
 - Deterministic sampling only: no `eta`, no ancestral noise."""
+LIMIT_PER_SAMPLE = """
+- Stages that are predicted for each sample need a U-Net, and no guidance or guidance by one call with a doubled batch."""
+ATTACHED = (
+    "`attach` watches the denoiser's bottleneck, from which a small network predicts each sample's stages; "
+    "`pipe.scheduler.detach()` leaves the pipeline as it was."
+)
 
 
 def model_card(repository: Repository, repo_id: str, license: str) -> str:
@@ -49,13 +57,13 @@ def model_card(repository: Repository, repo_id: str, license: str) -> str:
     name = base_model or root["teacher"]["name"]
     every = {f"{v}/{nfe}": entry for v in repository for nfe, entry in repository[v].config["schedules"].items()}
     made, methods = how_made(every), {_method(entry) for entry in every.values()}
-    chosen = "when the solver steps" + (" and what time the network is told" if LD3 in methods else "")
+    predicted = any(_is_predicted(variant) for variant in repository.values())
     sources = ", ".join(f"[{method}]({address})" for method, address in sorted(methods))
     parts = [
         f"# {made.capitalize()} schedules for {name}",
-        f"{_numbers(counts)} network evaluations instead of {root['teacher_schedule']['steps']}: {chosen}, {made} ({sources}) through "
+        f"{_numbers(counts)} network evaluations instead of {root['teacher_schedule']['steps']}: {_chosen(methods)}, {made} ({sources}) through "
         f"`{root['pipeline']}` and saved as a scheduler config of "
-        "`ld3_diffusers`. The model's weights, prompts and code stay as they are.",
+        f"`ld3_diffusers`{' with small networks beside it' if predicted else ''}. The model's weights, prompts and code stay as they are.",
         "## Use",
         _usage(repository, name, repo_id),
         _variants(repository),
@@ -68,7 +76,7 @@ def model_card(repository: Repository, repo_id: str, license: str) -> str:
         "## Verify",
         _verify(root, name, repo_id),
         "## Limits",
-        LIMITS,
+        LIMITS + (LIMIT_PER_SAMPLE if predicted else ""),
     ]
     text = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
@@ -76,7 +84,23 @@ def model_card(repository: Repository, repo_id: str, license: str) -> str:
 
 def _method(entry: dict[str, Any]) -> tuple[str, str]:
     """Name of a schedule's method, and the address of its paper."""
+    if Schedule.from_dict(entry).stages is not None:
+        return AMED
     return SEARCHES.get((entry.get("provenance") or {}).get("recipe"), LD3)
+
+
+def _chosen(methods: set[tuple[str, str]]) -> str:
+    """What these methods choose."""
+    words = ["when the solver steps" + (" and what time the network is told" if LD3 in methods else "")]
+    words = words if methods - {AMED} else []
+    if AMED in methods:
+        words.append("where the solver evaluates within each step and how far that leads")
+    return ", or ".join(words)
+
+
+def _is_predicted(variant: Variant) -> bool:
+    """Whether stages are predicted for each sample."""
+    return variant.certificate["solver"].get("stages") == "per sample"
 
 
 def _numbers(values: list[int]) -> str:
@@ -93,6 +117,7 @@ def _usage(repository: Repository, name: str, repo_id: str) -> str:
         "With ld3_diffusers installed:\n\n```python\n"
         + usage_code(root, name, repo_id)
         + "\n```\n\n`num_inference_steps` is the number of network evaluations; one without a schedule is refused."
+        + (f" {ATTACHED}" if _is_predicted(repository[""]) else "")
     )
 
 
@@ -109,10 +134,13 @@ def usage_code(certificate: dict[str, Any], name: str, repo_id: str, subfolder: 
     arguments += [f"{key}={value!r}" for key, value in call.items()]
     dtype = "" if certificate["dtype"] == "float32" else f", torch_dtype=torch.{certificate['dtype']}"
     where = f", subfolder={subfolder!r}" if subfolder else ""
+    predicted = certificate["solver"].get("stages") == "per sample"
+    scheduler = "AMEDScheduler" if predicted else "LD3Scheduler"
     lines = ["import torch"] if dtype else []
-    lines += [f"from diffusers import {pipeline}", "from ld3_diffusers import LD3Scheduler", ""]
+    lines += [f"from diffusers import {pipeline}", f"from ld3_diffusers import {scheduler}", ""]
     lines += [f"pipe = {pipeline}.from_pretrained({name!r}{dtype})"]
-    lines += [f"pipe.scheduler = LD3Scheduler.from_pretrained({repo_id!r}{where})"]
+    lines += [f"pipe.scheduler = {scheduler}.from_pretrained({repo_id!r}{where})"]
+    lines += ["pipe.scheduler.attach(pipe)"] if predicted else []
     lines += [f"image = pipe({', '.join(arguments)}).images[0]"]
     return "\n".join(lines)
 
@@ -124,14 +152,13 @@ def _variants(repository: Repository) -> str:
     for name, variant in repository.items():
         certificate = variant.certificate
         counts = ", ".join(certificate["counts"])
-        rows.append(f"| {name or '(none)'} | {_solver(certificate)} | {counts} | {_settings(certificate)} |")
+        sampler = sampler_name(certificate["solver"])
+        rows.append(f"| {name or '(none)'} | {sampler} | {counts} | {_settings(certificate)} |")
+    predicted = [f"`{name}`" for name, variant in repository.items() if name and _is_predicted(variant)]
+    if predicted:
+        said = "" if _is_predicted(repository[""]) else f" {ATTACHED}"
+        rows += ["", f"Load {', '.join(predicted)} with `AMEDScheduler` and call `pipe.scheduler.attach(pipe)`.{said}"]
     return "\n".join(rows)
-
-
-def _solver(certificate: dict[str, Any]) -> str:
-    solver = certificate["solver"]
-    order = "" if solver["solver_order"] is None else f" of order {solver['solver_order']}"
-    return f"{solver['solver']}{order}"
 
 
 def _settings(certificate: dict[str, Any]) -> str:
@@ -157,7 +184,8 @@ def _measured_how(root: dict[str, Any], making: str) -> str:
 def _table(name: str, variant: Variant) -> str:
     certificate, made = variant.certificate, how_made(variant.config["schedules"])
     rows = [
-        f"**{_solver(certificate)}**, {_settings(certificate)}" + (f" (`subfolder={name!r}`)" if name else ""),
+        f"**{sampler_name(certificate['solver'])}**, {_settings(certificate)}"
+        + (f" (`subfolder={name!r}`)" if name else ""),
         "",
         f"| evaluations | {made} | best stock | scheduler | stock - {made} | samples |",
         "|---|---|---|---|---|---|",
@@ -176,9 +204,10 @@ def _table(name: str, variant: Variant) -> str:
 def _pictures(name: str, variant: Variant) -> str:
     prefix, least = f"{name}/" if name else "", min(map(int, variant.certificate["counts"]))
     made = how_made({least: variant.config["schedules"][str(least)]})
+    stages = ", stages those of the bare solver" if _is_predicted(variant) else ""
     about = {
         "samples.png": f"Samples at {least} evaluations: teacher, best stock, {made}",
-        "schedules.png": f"Noise levels and network times at {least} evaluations",
+        "schedules.png": f"Noise levels and network times at {least} evaluations{stages}",
     }
     return "\n\n".join(f"![{about[file]}]({prefix}{file})" for file in PICTURES if file in variant.pictures)
 
@@ -200,10 +229,11 @@ def _provenance(name: str, variant: Variant) -> str:
         made, run = schedules[nfe].get("provenance") or {}, certificate["runs"][record["run"]]
         pairs = f"{made.get('train_pairs', '?')} + {made.get('valid_pairs', '?')} pairs"
         won = f", taken: {made['won']}" if "won" in made else ""
+        amed = "".join(f", {key.replace('_', ' ')} {value}" for key, value in (made.get("amed") or {}).items())
         unseen = " and ".join(run["disjoint"])
         left_out = f"; seen prompts left out: {run['left_out']}" if run["left_out"] else ""
         lines.append(
-            f"- {nfe} evaluations: {how_made({nfe: schedules[nfe]})} on {pairs}, recipe {made.get('recipe', '?')}{won}; judged on seeds {run['seeds'][0]} to "
+            f"- {nfe} evaluations: {how_made({nfe: schedules[nfe]})} on {pairs}, recipe {made.get('recipe', '?')}{won}{amed}; judged on seeds {run['seeds'][0]} to "
             f"{run['seeds'][1]} (unseen: {unseen}{left_out}) with Diffusers {run['versions'].get('diffusers', '?')} on "
             f"{run['device']}, {run['date'][:10]}"
         )

@@ -5,16 +5,18 @@
         --prompts_file held_out.txt --push_to_hub --hub_model_id user/schedules
     accelerate launch -m training.publish --verify user/schedules
 
-Certifying compares the schedules in the output folder of train_ld3 or of a search with every stock scheduler of Diffusers, from noises and prompts that
-learning never saw. A folder in which some count does not win against all of them, beyond the 95 % interval, is not published. What is
-published is the scheduler config, a certificate with all distances, and a card written from it; without --push_to_hub the repository
-is a folder. Verifying measures a published certificate again. An interrupted run continues when it is started again.
+Certifying compares the schedules in the output folder of train_ld3, train_amed or a search with every stock scheduler of Diffusers, from
+noises and prompts that learning never saw. A folder in which some count does not win against all of them, beyond the 95 % interval, is
+not published. What is published is the scheduler config, with the predictors of schedules that have some, a certificate with all
+distances, and a card written from it; without --push_to_hub the repository is a folder. Verifying measures a published certificate
+again. An interrupted run continues when it is started again.
 """
 
 import argparse
 import platform
 import sys
 import tempfile
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,14 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi
 
 import ld3_diffusers
+from ld3_diffusers import LD3Scheduler
 
 from . import certificate as certificates
 from . import published as repositories
 from .arguments import check_writable, parse, usage_errors
 from .certification import MIXED_PRECISION, Measured, draw, measure, opened, pair_arguments, pairs_for
 from .comparison import best_by_name, unbeaten
+from .contenders import copy_of, predictors_of
 from .model_card import model_card
 from .processes import COLLECTIVE_TIMEOUT, is_sharded, lost_process_message, on_main
 from .prompts import add_prompt_arguments, prompts_of
@@ -55,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "publish", description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--schedules", help="output folder of train_ld3 or of a search, to certify and publish")
+    p.add_argument("--schedules", help="output folder of train_ld3, train_amed or of a search, to certify and publish")
     p.add_argument(
         "--verify", metavar="REPOSITORY", help="or: Hub id or folder of published schedules, to measure again"
     )
@@ -119,8 +123,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def publish(args: argparse.Namespace, accelerator: Accelerator) -> bool:
-    config = learned_config(args)
-    entries = config["schedules"]
+    scheduler = chosen_schedules(args)
+    entries = scheduler.config.schedules
     facts = certificates.shared_facts(entries)
     settings = certificates.settings(*teacher_names(args, entries, facts), facts)
     if args.mixed_precision not in (None, MIXED_PRECISION.get(facts["dtype"])):
@@ -147,25 +151,25 @@ def publish(args: argparse.Namespace, accelerator: Accelerator) -> bool:
         accelerator.print(f"{output} holds a certificate of exactly these schedules, seeds and prompts; using it")
     else:
         work = Path(args.schedules, WORK)
-        variant = certify(args, config, facts, settings, seeds, prompts, work, accelerator)
+        variant = certify(args, scheduler, facts, settings, seeds, prompts, work, accelerator)
     on_main(lambda: deliver(args, api, repo_id, settings, variant, output), accelerator)
     return True
 
 
-def learned_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Config of the scheduler in the folder, with the schedules that were chosen."""
+def chosen_schedules(args: argparse.Namespace) -> LD3Scheduler:
+    """The scheduler in the folder, with the schedules that were chosen."""
     folder = Path(args.schedules)
     scheduler = existing(folder)
     if scheduler is None or not scheduler.learned_counts:
         raise ValueError(
-            f"the folder {args.schedules!r} holds no schedules; give the --output_dir of train_ld3 or of a search"
+            f"the folder {args.schedules!r} holds no schedules; give the --output_dir of train_ld3, train_amed or of a search"
         )
     missing = sorted(set(args.nfe or []) - set(scheduler.learned_counts))
     if missing:
         known = ", ".join(map(str, scheduler.learned_counts))
         raise ValueError(f"--nfe {missing[0]}: there is no schedule for it; the folder has {known}")
     chosen = {str(nfe): scheduler.config.schedules[str(nfe)] for nfe in sorted(args.nfe or scheduler.learned_counts)}
-    return {**scheduler.config, "schedules": chosen}
+    return copy_of(scheduler, schedules=chosen)
 
 
 def teacher_names(args: argparse.Namespace, entries: dict, facts: dict) -> tuple[dict[str, Any], str | None]:
@@ -233,10 +237,12 @@ def certified_already(
             return None
     found = repositories.restricted(present, list(entries))
     # The teacher is the same one; what it is called, and the base model, may have been given differently.
-    return Variant(found.config, {**found.certificate, **settings}, found.pictures)
+    return replace(found, certificate={**found.certificate, **settings})
 
 
-def certify(args, config, facts, settings, seeds, prompts, work: Path, accelerator: Accelerator) -> Variant:
+def certify(
+    args, scheduler: LD3Scheduler, facts, settings, seeds, prompts, work: Path, accelerator: Accelerator
+) -> Variant:
     """Measure, and refuse what does not win. Nothing is written but the work folder.
 
     Raises:
@@ -245,7 +251,7 @@ def certify(args, config, facts, settings, seeds, prompts, work: Path, accelerat
     asked = pair_arguments(
         args.pretrained_model_name_or_path, facts, seeds, args.train_batch_size, args.revision, args.variant
     )
-    entries = config["schedules"]
+    entries = scheduler.config.schedules
     with opened(asked, facts, accelerator) as (comparison, stock):
         labels = "class_labels" in comparison.parameters
         unseen = unseen_prompts(prompts, entries, labels)
@@ -254,7 +260,7 @@ def certify(args, config, facts, settings, seeds, prompts, work: Path, accelerat
             f"seeds {seeds[0]} to {seeds[1]}; {left_out} of {len(prompts or [])} prompts left out as seen"
         )
         pairs = pairs_for(comparison, asked, unseen, work, accelerator)
-        measured = measure(comparison, pairs, config, list(entries), stock, work, accelerator)
+        measured = measure(comparison, pairs, scheduler, list(entries), stock, work, accelerator)
         for learned, others in measured.values():
             accelerator.print("\n" + table(learned, best_by_name(others)) + "\n")
         refuse_losses(measured)
@@ -270,7 +276,8 @@ def certify(args, config, facts, settings, seeds, prompts, work: Path, accelerat
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         counts = {nfe: certificates.count_record(entries[nfe], *contenders) for nfe, contenders in measured.items()}
-        variant = Variant(config, certificates.build(settings, run, counts))
+        certificate = certificates.build(settings, run, counts)
+        variant = Variant(dict(scheduler.config), certificate, predictors=dict(predictors_of(scheduler)))
         if accelerator.is_main_process:
             with tempfile.TemporaryDirectory() as folder:
                 draw(comparison, pairs, *measured[min(measured, key=int)], Path(folder))

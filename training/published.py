@@ -2,10 +2,10 @@
 """A repository of certified schedules, in a folder or on the Hub: reading, extending, writing and uploading it.
 
 One repository is for one teacher. Its root is a variant, and so is each subfolder: the schedules of one solver at one guidance
-scale and resolution, with their certificate and pictures. Whoever publishes first decides what stands in the root.
+scale and resolution, with their certificate and pictures, and with the predictors of those whose stages are predicted for each
+sample. Whoever publishes first decides what stands in the root.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, metadata_load
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -25,34 +26,53 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import save
 
-from ld3_diffusers import LD3Scheduler
+from ld3_diffusers import AMEDPredictor, load_scheduler
 from ld3_diffusers.hub import CERTIFICATE_NAME, CLIENT_ERRORS, root_error
+from ld3_diffusers.schedulers.scheduling_amed import PREDICTOR_FOLDER
 
 from . import certificate as certificates
 from . import certificate_form
-from .call_settings import CALL_SETTINGS
+from .contenders import predictors_of, scheduler_from
 from .schedule_folder import CONFIG
+from .variant_name import variant_name
 
 
 CARD = "README.md"
 PICTURES = ("samples.png", "schedules.png")
-SHORT = {"true_cfg_scale": "t", "max_sequence_length": "l"}  # in the names of variants
+PREDICTOR = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)  # in a folder of its own for each count
+# All that a variant may hold, as patterns of paths in its folder.
+HELD = (CONFIG, CERTIFICATE_NAME, *PICTURES, *(f"{PREDICTOR_FOLDER.format(nfe='*')}/{name}" for name in PREDICTOR))
 
 
 @dataclass
 class Variant:
-    """Content of one folder: config, certificate, and pictures by file name."""
+    """Content of one folder: config, certificate, pictures by file name, and predictors by number of evaluations."""
 
     config: dict[str, Any]
     certificate: dict[str, Any]
     pictures: dict[str, bytes] = field(default_factory=dict)
+    predictors: dict[int, AMEDPredictor] = field(default_factory=dict)
 
     def files(self) -> dict[str, bytes]:
-        config = LD3Scheduler.from_config(self.config).to_json_string()
+        scheduler = scheduler_from(self.config, self.predictors)
+        config = scheduler.to_json_string()
         certificates.check(self.certificate, json.loads(config)["schedules"])
         texts = {CONFIG: config, CERTIFICATE_NAME: certificates.to_json(self.certificate)}
-        return {**{name: text.encode() for name, text in texts.items()}, **self.pictures}
+        files = {**{name: text.encode() for name, text in texts.items()}, **self.pictures}
+        for nfe, predictor in predictors_of(scheduler).items():
+            folder = PREDICTOR_FOLDER.format(nfe=nfe)
+            files |= {f"{folder}/{name}": content for name, content in predictor_files(predictor).items()}
+        return files
+
+
+def predictor_files(predictor: AMEDPredictor) -> dict[str, bytes]:
+    """What `save_pretrained` writes, without the path that a predictor was loaded from."""
+    config = {key: value for key, value in json.loads(predictor.to_json_string()).items() if key != "_name_or_path"}
+    weights = {name: tensor.cpu().contiguous() for name, tensor in predictor.state_dict().items()}
+    contents = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), save(weights, metadata={"format": "pt"})
+    return dict(zip(PREDICTOR, contents))
 
 
 Repository = dict[str, Variant]  # by subfolder; "" is the root
@@ -83,9 +103,10 @@ def read(folder: str | Path) -> Repository:
                 f"{name or 'the root'} has no {CERTIFICATE_NAME if has_config else CONFIG}, so its schedules cannot be extended; "
                 "choose another repository"
             )
-        scheduler = LD3Scheduler.from_pretrained(place)
+        scheduler = load_scheduler(place)
         pictures = {p: (place / p).read_bytes() for p in PICTURES if (place / p).is_file()}
-        found[name] = Variant(dict(scheduler.config), certificate_form.read(place / CERTIFICATE_NAME), pictures)
+        certificate = certificate_form.read(place / CERTIFICATE_NAME)
+        found[name] = Variant(dict(scheduler.config), certificate, pictures, dict(predictors_of(scheduler)))
     if found and "" not in found:
         raise ValueError("there are certified schedules in subfolders but none in the root; choose another repository")
     return found
@@ -99,7 +120,7 @@ def read_hub(api: HfApi, repo_id: str) -> tuple[Repository, str | None]:
     """
     try:
         commit = api.model_info(repo_id).sha
-        wanted = [name for file in (CONFIG, CERTIFICATE_NAME, *PICTURES) for name in (file, f"*/{file}")]
+        wanted = [name for file in HELD for name in (file, f"*/{file}")]
         with tempfile.TemporaryDirectory() as folder:
             api.snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=wanted)
             return read(folder), commit
@@ -152,36 +173,6 @@ def place(published: Repository, certificate: dict[str, Any]) -> str:
     return variant_name(certificate, root)
 
 
-def variant_name(certificate: dict[str, Any], root: dict[str, Any]) -> str:
-    """`<solver>`, and behind it what else differs from the root: `unipc-o3`, `dpmpp-g5-768`; "" if nothing does."""
-    solver, call = certificate["solver"], certificate["call_settings"]
-    # The options of another solver are compared with that solver's defaults.
-    other = solver["solver"] != root["solver"]["solver"]
-    usual = certificates.solver_facts({"solver": solver["solver"], "times": [1, 0]}) if other else root["solver"]
-    different = {name for name in solver if solver[name] != usual[name]}
-    different |= {name for name in CALL_SETTINGS if call.get(name) != root["call_settings"].get(name)}
-    parts = []
-    if "solver_order" in different:
-        parts.append(f"o{solver['solver_order']}")
-    if "solver_type" in different:
-        parts.append(str(solver["solver_type"]))
-    options = ("predict_x0", "lower_order_final", "afs", "starting_scale")
-    parts += [f"{name}-{solver[name]}".lower() for name in options if name in different]
-    if "guidance_scale" in different:
-        parts.append(f"g{_text(call.get('guidance_scale'))}")
-    parts += [f"{short}{_text(call.get(name))}" for name, short in SHORT.items() if name in different]
-    if different & {"height", "width"}:
-        height, width = (_text(call.get(name)) for name in ("height", "width"))
-        parts.append(height if height == width else f"{height}x{width}")
-    if "negative_prompt" in different:
-        parts.append("n" + hashlib.sha256(str(call.get("negative_prompt")).encode()).hexdigest()[:6])
-    return "-".join([solver["solver"], *parts]) if parts or other else ""
-
-
-def _text(value) -> str:
-    return "default" if value is None else f"{value:g}"
-
-
 def extended(published: Repository, name: str, new: Variant) -> Repository:
     """With the counts of a variant added to what stands there under its name, or in the place of those.
 
@@ -202,7 +193,8 @@ def extended(published: Repository, name: str, new: Variant) -> Repository:
         # Pictures are of the smallest count, also where one of them could not be drawn.
         keep = min(map(int, old.config["schedules"])) < min(map(int, new.config["schedules"]))
         pictures = old.pictures if keep else new.pictures
-        new = Variant(config, certificates.merged(old.certificate, new.certificate), pictures)
+        certificate = certificates.merged(old.certificate, new.certificate)
+        new = Variant(config, certificate, pictures, {**old.predictors, **new.predictors})
     return {**published, name: new}
 
 
@@ -212,7 +204,8 @@ def restricted(variant: Variant, nfes: list[str]) -> Variant:
     counts = {nfe: variant.certificate["counts"][nfe] for nfe in nfes}
     runs = {record["run"]: variant.certificate["runs"][record["run"]] for record in counts.values()}
     pictures = variant.pictures if min(map(int, nfes)) == min(map(int, variant.config["schedules"])) else {}
-    return Variant(config, {**variant.certificate, "counts": counts, "runs": runs}, pictures)
+    predictors = {nfe: predictor for nfe, predictor in variant.predictors.items() if str(nfe) in nfes}
+    return Variant(config, {**variant.certificate, "counts": counts, "runs": runs}, pictures, predictors)
 
 
 def union(local: Repository, remote: Repository) -> Repository:
@@ -240,13 +233,17 @@ def contents(repository: Repository, card: str) -> dict[str, bytes]:
 
 
 def outdated(before: Repository, files: dict[str, bytes]) -> list[str]:
-    """Paths of what a repository held of this program's own and is not written any more: pictures, renamed variants."""
+    """Paths of what a repository held of this program's own and is not written any more: pictures, predictors, renamed variants."""
     paths = [
         f"{name}/{file}" if name else file
         for name, variant in before.items()
-        for file in (CONFIG, CERTIFICATE_NAME, *variant.pictures)
+        for file in (CONFIG, CERTIFICATE_NAME, *variant.pictures, *_predictor_paths(variant))
     ]
     return [path for path in paths if path not in files]
+
+
+def _predictor_paths(variant: Variant) -> list[str]:
+    return [f"{PREDICTOR_FOLDER.format(nfe=nfe)}/{name}" for nfe in variant.predictors for name in PREDICTOR]
 
 
 def write(files: dict[str, bytes], folder: str | Path, gone: Sequence[str] = ()) -> None:
@@ -268,8 +265,9 @@ def write(files: dict[str, bytes], folder: str | Path, gone: Sequence[str] = ())
             (new / path).write_bytes(content)
         for path in gone:
             (new / path).unlink(missing_ok=True)
-            if (new / path).parent != new and not any((new / path).parent.iterdir()):
-                (new / path).parent.rmdir()
+            for place in map(new.joinpath, Path(path).parents[:-1]):  # the last is the folder itself
+                if place.is_dir() and not any(place.iterdir()):
+                    place.rmdir()
         if folder.exists():
             os.rename(folder, old)
         os.rename(new, folder)

@@ -12,7 +12,7 @@ NAME is one of
 
 `name=` is how it is called in tables; all other options are options of the scheduler's config, read as YAML scalars (`true`, `3`, `.5`,
 `linspace`). A value cannot hold a comma. Of learned schedules `solver=`, `solver_order=` and the other options of a solver replace the
-one that they were learned with.
+one that they were learned with; AMED's stages serve that one alone.
 """
 
 import difflib

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from huggingface_hub import HfApi
 
-from ld3_diffusers import LD3Scheduler
+from ld3_diffusers import load_scheduler
 from ld3_diffusers.hub import CERTIFICATE_NAME, CLIENT_ERRORS
 
 from . import certificate as certificates
@@ -20,6 +20,7 @@ from . import certificate_form
 from .certification import measure, opened, pair_arguments, pairs_for
 from .comparison import Contender, best_by_name, paired_interval, unbeaten
 from .processes import on_main
+from .published import HELD, PICTURES
 from .schedule_folder import CONFIG
 
 
@@ -34,7 +35,7 @@ def verify(args: argparse.Namespace, accelerator: Accelerator) -> bool:
     folder = Path(on_main(lambda: str(fetched(args)), accelerator))
     try:
         certificate = certificate_form.read(folder / CERTIFICATE_NAME)
-        scheduler = LD3Scheduler.from_pretrained(folder)
+        scheduler = load_scheduler(folder)
         certificates.check(certificate, scheduler.config.schedules or {})
     except ValueError as error:
         accelerator.print(f"NOT verified: {error}")
@@ -57,7 +58,7 @@ def verify(args: argparse.Namespace, accelerator: Accelerator) -> bool:
             asked = pair_arguments(teacher, facts, (first, last), run["batch_size"], revision, args.variant)
             with opened(asked, facts, accelerator) as (comparison, stock):
                 pairs = pairs_for(comparison, asked, run["prompts"] or None, work, accelerator)
-                measured = measure(comparison, pairs, dict(scheduler.config), list(records), stock, work, accelerator)
+                measured = measure(comparison, pairs, scheduler, list(records), stock, work, accelerator)
             for nfe, record in records.items():
                 line, failure = compared(nfe, record, *measured[nfe], first, tolerance)
                 accelerator.print(line)
@@ -89,7 +90,7 @@ def named_teacher(certificate: dict[str, Any]) -> str:
 
 
 def fetched(args: argparse.Namespace) -> Path:
-    """The folder with config and certificate, downloaded if it is on the Hub.
+    """The folder with config, certificate and predictors, downloaded if it is on the Hub.
 
     Raises:
         ValueError: if there is none.
@@ -100,8 +101,8 @@ def fetched(args: argparse.Namespace) -> Path:
         prefix = f"{args.subfolder.strip('/')}/" if args.subfolder else ""
         api = HfApi(token=args.hub_token)
         try:
-            commit = api.model_info(args.verify, revision=args.revision).sha  # both files of one commit
-            wanted = [prefix + name for name in (CONFIG, CERTIFICATE_NAME)]
+            commit = api.model_info(args.verify, revision=args.revision).sha  # all files of one commit
+            wanted = [prefix + name for name in HELD if name not in PICTURES]
             folder = Path(api.snapshot_download(args.verify, revision=commit, allow_patterns=wanted), prefix)
         except (*CLIENT_ERRORS, ValueError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -265,10 +265,10 @@ def test_another_teacher_is_refused(room, tmp_path):
 def test_another_prediction_type_is_refused(room, tmp_path):
     """The digest of a teacher is of its weights; its scheduler's config says what they mean."""
     pipe, _ = PIPELINES["flux"]()
-    config = publish.learned_config(publish.parser().parse_args(arguments(room, tmp_path)))
+    scheduler = publish.chosen_schedules(publish.parser().parse_args(arguments(room, tmp_path)))
     with Comparison(pipe) as comparison, pytest.raises(ValueError, match="are for prediction_type='flow_prediction'"):
         comparison.scheduler.register_to_config(prediction_type="epsilon")
-        certification.measure(comparison, None, config, ["5"], pipe.scheduler.config, tmp_path, None)
+        certification.measure(comparison, None, scheduler, ["5"], pipe.scheduler.config, tmp_path, None)
 
 
 def test_bad_input_is_refused_in_a_sentence(room, certified, tmp_path):
@@ -461,13 +461,13 @@ def test_more_counts_and_variants_join_one_repository(room, output, hub, tmp_pat
     scheduler = LD3Scheduler.from_config({**variant.config, "schedules": {"5": {**entry, "provenance": facts}}})
     scheduler.save_pretrained(tmp_path / "g3")
 
-    def certify(args, config, facts, settings, seeds, *_):
+    def certify(args, scheduler, facts, settings, seeds, *_):
         (run,) = variant.certificate["runs"].values()
         record = {
             **variant.certificate["counts"]["5"],
-            "entry_sha256": publish.certificates.entry_hash(config["schedules"]["5"]),
+            "entry_sha256": publish.certificates.entry_hash(scheduler.config.schedules["5"]),
         }
-        return published.Variant(config, publish.certificates.build(settings, run, {"5": record}))
+        return published.Variant(dict(scheduler.config), publish.certificates.build(settings, run, {"5": record}))
 
     monkeypatch.setattr(publish, "certify", certify)
     given = arguments(room, tmp_path / "other", *hub_arguments, "--schedules", str(tmp_path / "g3"))
