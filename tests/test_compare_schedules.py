@@ -14,31 +14,39 @@ from tests.tiny_pipelines import PIPELINES
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "evaluation" / "compare_schedules.py"
+AMED = ROOT / "examples" / "evaluation" / "compare_amed.py"
 LITTLE = {
     "make_teacher_set": {"num_samples": 12, "num_inference_steps": 12, "max_sequence_length": 16},
     "train_ld3": {"num_train": 8, "num_valid": 4, "max_train_steps": 2, "train_batch_size": 4},
     "search_gits": {"num_train": 6, "num_valid": 4, "num_grid_points": 9},
     "search_oss": {"num_train": 2, "num_valid": 4, "num_grid_points": 9},
+    "train_amed": {"num_train": 4, "num_valid": 4, "num_train_epochs": 1, "num_intermediate_points": 1}
+    | {"discretization": "polynomial"},
     "evaluate": {"metrics": ["mse"], "teacher_steps": 12, "save_images": 2, "local_errors": False}
     | {"max_sequence_length": 16},
 }
+
+
+def little_recipe(name, teacher, folder, without=()):
+    """A recipe of training/recipes with another teacher, little work, and its results in `folder`."""
+    recipe = yaml.safe_load((ROOT / "training" / "recipes" / f"{name}.yaml").read_text())
+    recipe["common"]["pretrained_model_name_or_path"] = str(teacher)
+    for program, little in LITTLE.items():
+        recipe[program] |= {key: value for key, value in little.items() if key not in without}
+        for key in ("output_dir", "teacher_set"):
+            if key in recipe[program]:
+                recipe[program][key] = recipe[program][key].replace(f"outputs/{name}", str(folder))
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
 
 
 @pytest.mark.slow
 def test_everyone_is_compared_and_a_second_run_finds_all_done(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     PIPELINES["flux"]()[0].save_pretrained(tmp_path / "tiny-flux")
-    recipe = yaml.safe_load((ROOT / "training" / "recipes" / "fashion-flux.yaml").read_text())
-    recipe["common"]["pretrained_model_name_or_path"] = str(tmp_path / "tiny-flux")
-    for program, little in LITTLE.items():
-        recipe[program] |= little
-        for key in ("output_dir", "teacher_set"):
-            if key in recipe[program]:
-                recipe[program][key] = recipe[program][key].replace("outputs/fashion-flux", str(tmp_path))
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(
-        sys, "argv", ["compare", "--config", str(tmp_path / "recipe.yaml"), "--nfe", "4", "--num_samples", "6"]
-    )
+    recipe = little_recipe("fashion-flux", tmp_path / "tiny-flux", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", "--config", str(recipe), "--nfe", "4", "--num_samples", "6"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     first = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     names = {row["name"] for row in first["rows"]}
@@ -55,6 +63,26 @@ def test_everyone_is_compared_and_a_second_run_finds_all_done(tmp_path, monkeypa
     assert "learning 4 evaluations" not in capfd.readouterr().err
     again = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert again["rows"] == first["rows"]
+
+
+@pytest.mark.slow
+def test_all_students_of_amed_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    PIPELINES["sd"]()[0].save_pretrained(tmp_path / "tiny-sd")
+    recipe = little_recipe("fashion-sd", tmp_path / "tiny-sd", tmp_path, without=["max_sequence_length"])
+    monkeypatch.setattr(sys, "argv", ["compare", "--config", str(recipe), "--nfe", "6", "--num_samples", "4"])
+    runpy.run_path(str(AMED), run_name="__main__")
+    results = json.loads((tmp_path / "evaluation" / "amed" / "results.json").read_text())
+    students = ["AMED-Solver", "AMED iPNDM", "AMED DPM++", "AMED Euler", "AMED DPM-2"]
+    kinds = ["per sample", "static", "bare stages"]
+    names = {row["name"] for row in results["rows"]}
+    assert names == {f"{student} {kind}" for student in students for kind in kinds} | {"LD3", "UniPC"} | {
+        "DPM-2",
+        "iPNDM",
+        "DPM++",
+        "Euler",
+    }
+    assert results["subject"] == "LD3"
 
 
 def test_the_page_tells_the_command_that_is_tested_here():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ld3_diffusers import LD3Scheduler, find_schedules
+from ld3_diffusers import LD3Scheduler, find_schedules, load_scheduler
 from tests.tiny_pipelines import PIPELINES
 from training import make_reference
 from training.references import load_reference
@@ -125,6 +125,24 @@ def test_the_commands_from_start_to_repository(recipe, tmp_path, hub, monkeypatc
     assert LD3Scheduler.from_pretrained(repository).config.schedules == published.config.schedules
     (found,) = find_schedules(base_model=BASE_MODEL, nfe=nfe)
     assert found.repo_id == repository
+
+
+@pytest.mark.slow
+def test_the_commands_that_learn_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    little = {
+        "training.make_teacher_set": ["--num_samples", "8", "--num_inference_steps", "8", "--train_batch_size", "4"]
+        + ["--output_dir", str(tmp_path / "pairs")],
+        "training.train_amed": ["--teacher_set", str(tmp_path / "pairs"), "--output_dir", str(tmp_path / "amed")]
+        + ["--nfe", "4", "--num_train", "4", "--num_valid", "4", "--num_train_epochs", "1", "--allow_worse"]
+        + ["--num_intermediate_points", "1", "--report_to", "none"],
+    }
+    given = commands("fashion-sd")
+    assert [module for module, _ in given] == list(little)
+    for module, arguments in given:
+        importlib.import_module(module).main([*arguments, *little[module]])
+    scheduler = load_scheduler(tmp_path / "amed")
+    assert scheduler.learned_counts == [4] and set(scheduler.predictors) == {4}
 
 
 def test_the_command_that_makes_a_reference(tmp_path, monkeypatch):

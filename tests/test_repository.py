@@ -53,6 +53,7 @@ README_COMMANDS = {
         '"training.make_teacher_set"',
     ),
     ".venv/bin/accelerate launch -m training.train_ld3": ("tests/test_readme.py", '"training.train_ld3"'),
+    ".venv/bin/accelerate launch -m training.train_amed": ("tests/test_readme.py", '"training.train_amed"'),
     ".venv/bin/accelerate launch -m training.publish": ("tests/test_readme.py", '"training.publish"'),
     ".venv/bin/accelerate launch -m training.search_gits": ("tests/test_readme.py", '"training.search_gits"'),
     ".venv/bin/accelerate launch -m training.search_oss": ("tests/test_readme.py", '"training.search_oss"'),

@@ -11,7 +11,7 @@ import yaml
 
 
 SECTIONS = (
-    *("make_teacher_set", "search_gits", "search_oss", "train_ld3", "publish"),
+    *("make_teacher_set", "search_gits", "search_oss", "train_ld3", "train_amed", "publish"),
     *("sample", "evaluate", "make_reference"),
 )  # the programs, by their parsers' names
 COMMON, ABOUT = "common", "about"

@@ -145,6 +145,21 @@ def grid_search(
     return {name: losses[name] for name in order}
 
 
+class LosesToGrid(ValueError):
+    """A learned schedule that is no better than a hand-made grid."""
+
+
+def refuse_worse(nfe: int, loss: float, rivals: dict[str, float]) -> None:
+    """Raises [`LosesToGrid`] if the best of the hand-made grids, from [`grid_search`], is as good as a learned schedule."""
+    best = next(iter(rivals))
+    if loss < rivals[best]:
+        return
+    raise LosesToGrid(
+        f"the schedule learned for {nfe} evaluations does not beat the grid {best!r} on the validation pairs "
+        f"({loss:.6g} against {rivals[best]:.6g}), so it was not saved; use more pairs, or learn longer, or that grid, or --allow_worse"
+    )
+
+
 def saved_schedule(folder: str | Path, path: NoisePath, nfe: int, spec: SolverSpec, prediction_type: str) -> Schedule:
     """The schedule for `nfe` evaluations in a saved scheduler's config, with another solver if `spec` says so.
 
@@ -172,6 +187,11 @@ def saved_schedule(folder: str | Path, path: NoisePath, nfe: int, spec: SolverSp
             raise ValueError(
                 f"the schedule in {str(folder)!r} has {name} {its!r}, this model {mine!r}; start from a grid"
             )
+    if schedule.stages is not None:
+        raise ValueError(
+            f"the schedule in {str(folder)!r} for {nfe} evaluations has AMED's stages, from which nothing else is learned; start "
+            "from a grid"
+        )
     levels = {solver.make().stages for solver in (spec, schedule.spec)}
     if len(levels) > 1 or spec.afs != schedule.spec.afs or (levels == {2} and spec.solver != schedule.spec.solver):
         raise ValueError(f"{spec.solver} cannot start from levels made for {schedule.spec.solver}; start from a grid")

@@ -190,19 +190,65 @@ def learn(
     state = on_main(lambda: checkpoints.load(resume_from_checkpoint, identity), accelerator)
     kind = DefaultLearner if recipe.name == "default" else PublishedLearner
     learner = kind(problem, recipe, initial, seed)
-    _warn_of_idle_processes(learner.batch_size, learner.pass_size, accelerator)
+    warn_of_idle_processes(learner.batch_size, learner.pass_size, accelerator)
+
+    def first_loss() -> float:
+        return problem.mean_loss(learner.best_schedule(), valid_pairs, learner.pass_size)
+
+    saving = checkpoints, checkpointing_steps, identity
+    history, initial_loss = iterate(learner, first_loss, state, saving, accelerator, callback)
+    schedule = learner.best_schedule().detach()
+    loss = problem.mean_loss(schedule, valid_pairs, learner.pass_size)
+    return LearnResult(replace(schedule, provenance=dict(initial.provenance)), history, initial_loss, loss)
+
+
+class Iterative(Protocol):
+    """What [`iterate`] runs."""
+
+    finished: bool
+
+    def start(self, initial_loss: float) -> None: ...
+
+    def step(self) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def iterate(
+    learner: Iterative,
+    first_loss: Callable[[], float],
+    state: dict[str, Any] | None,
+    saving: tuple[Checkpoints, int | None, dict[str, Any]],
+    accelerator=None,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> tuple[list[dict[str, float]], float]:
+    """Step until the learner has finished, from a checkpoint's `state` or from its start.
+
+    Args:
+        first_loss: validation loss at the start.
+        saving: checkpoints, iterations between them, and the identity that they are written with.
+        callback: see [`learn`].
+
+    Returns:
+        The history and the loss at the start.
+
+    Raises:
+        ValueError: if that is not finite.
+    """
+    checkpoints, checkpointing_steps, identity = saving
     if state is not None:
         learner.load_state_dict(state["learner"])
         history, initial_loss = state["history"], state["initial_loss"]
     else:
-        history, initial_loss = [], problem.mean_loss(learner.best_schedule(), valid_pairs, learner.pass_size)
+        history, initial_loss = [], first_loss()
         if not math.isfinite(initial_loss):
             raise ValueError(
                 "the initial schedule's loss is not finite; sample with it to see what fails, try another discretization "
                 "or a lower solver order"
             )
         learner.start(initial_loss)
-
     while not learner.finished:
         history.append(learner.step())
         done = len(history)
@@ -213,13 +259,10 @@ def learn(
             checkpoints.save(done, {**now, "identity": identity})
         if callback is not None:
             callback(done, history[-1])
-
-    schedule = learner.best_schedule().detach()
-    loss = problem.mean_loss(schedule, valid_pairs, learner.pass_size)
-    return LearnResult(replace(schedule, provenance=dict(initial.provenance)), history, initial_loss, loss)
+    return history, initial_loss
 
 
-def _warn_of_idle_processes(batch_size: int, pass_size: int, accelerator) -> None:
+def warn_of_idle_processes(batch_size: int, pass_size: int, accelerator) -> None:
     busy, processes = math.ceil(batch_size / pass_size), num_processes(accelerator)
     if busy < processes and is_main(accelerator):
         warnings.warn(

@@ -2,6 +2,7 @@
 """Arguments of `train_ld3`, and the recipe that they add up to. Searches share those of teacher, pairs and schedule."""
 
 import argparse
+from collections.abc import Iterable
 
 from ld3_diffusers import SolverSpec
 from ld3_diffusers.solvers import SOLVERS, VARIANTS
@@ -86,7 +87,9 @@ def add_pair_arguments(
     add_call_arguments(made)
 
 
-def add_schedule_arguments(p: argparse.ArgumentParser, nfe: list[int] | None = None, solver: str = "unipc"):
+def add_schedule_arguments(
+    p: argparse.ArgumentParser, nfe: list[int] | None = None, solver: str = "unipc", solvers: Iterable[str] = SOLVERS
+):
     """What schedules are wanted: counts, of which `nfe` are the default, solver and end; returns the group."""
     schedule = p.add_argument_group("schedule")
     counts = "" if nfe is None else f" (default: {' '.join(map(str, nfe))})"
@@ -99,7 +102,7 @@ def add_schedule_arguments(p: argparse.ArgumentParser, nfe: list[int] | None = N
         help=f"network evaluations, guidance's doubling apart: one or several{counts}",
     )
     schedule.add_argument(
-        "--solver", choices=sorted(SOLVERS), default=solver, help="that will sample (default: %(default)s)"
+        "--solver", choices=sorted(solvers), default=solver, help="that will sample (default: %(default)s)"
     )
     schedule.add_argument("--solver_order", type=int, help="default: the solver's own")
     kinds = sorted({kind for kinds in VARIANTS.values() for kind in kinds})
@@ -108,7 +111,12 @@ def add_schedule_arguments(p: argparse.ArgumentParser, nfe: list[int] | None = N
         "--predict_x0", action=argparse.BooleanOptionalAction, default=True, help="data or noise form"
     )
     schedule.add_argument("--lower_order_final", action=argparse.BooleanOptionalAction, default=True)
-    schedule.add_argument("--afs", action="store_true", help="analytical first step, which costs no evaluation")
+    schedule.add_argument(
+        "--afs",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="analytical first step, which costs no evaluation",
+    )
     schedule.add_argument(
         "--final_sigmas_type", choices=FINAL_SIGMAS_TYPES, help="end in clean data (default) or at t_min (published)"
     )

@@ -24,6 +24,7 @@ def learning_problem(
     distance: Objective = l2,
     loss_space: str = "latent",
     gradient_checkpointing: bool = False,
+    checkpointing: bool = True,
 ) -> Iterator[Problem]:
     """Load the teacher, check that it made the pairs and fits the output folder, and give it back as it came.
 
@@ -41,7 +42,11 @@ def learning_problem(
     for pairs in (training, validation):
         pairs.whole.check(pipe, guidance_scale=args.guidance_scale)
     shard(pipe, accelerator)
-    options = {"gradient_checkpointing": gradient_checkpointing, **training.whole.call_settings}
+    options = {
+        "checkpointing": checkpointing,
+        "gradient_checkpointing": gradient_checkpointing,
+        **training.whole.call_settings,
+    }
     with PipelineRollout(pipe, **options) as rollout:
         check_same_model(existing(args.output_dir), rollout.scheduler.config)
         objective = Decoded(distance, rollout.decode) if loss_space == "pixel" else distance

@@ -229,6 +229,17 @@ class PipelineRollout:
         # DiT carries guidance's doubled batch through its scheduler; the halves are equal.
         return results[0][: len(noise)]
 
+    def first_output(self, schedule: Schedule, noise: Tensor, conditioning: Conditioning | None) -> Tensor:
+        """What the first evaluation of a schedule returns, (batch, ...): guided, in the prediction type; differentiable as a call."""
+        outputs: list[Tensor] = []
+
+        def on_step(_state: Tensor, output: Tensor, _result: Tensor) -> None:
+            outputs.append(output)
+            raise _EndReached
+
+        self._follow(schedule, noise, conditioning, on_step)
+        return outputs[0][: len(noise)]
+
     @torch.no_grad()
     def visit(self, schedule: Schedule, noise: Tensor, conditioning: Conditioning | None, at_step: Callable) -> None:
         """Run a schedule and hand each evaluation to `at_step(i, state, output, result)`; nothing is differentiated.
@@ -399,6 +410,10 @@ class PipelineRollout:
     def state_shape(self, conditioning: Conditioning | None = None) -> tuple[int, ...]:
         """Shape of one sample's state, and with `moves_noise` of its starting noise, as the pipeline takes it for `latents`."""
         return self._starting_state(self._embeddings if conditioning is None else conditioning)[0]
+
+    def state_dtype(self, conditioning: Conditioning | None = None) -> torch.dtype:
+        """In which the pipeline keeps its states between steps."""
+        return self._starting_state(self._embeddings if conditioning is None else conditioning)[1]
 
     def _find_told(self, arguments: dict[str, Any]) -> Told | None:
         """What the pipeline does to timesteps on their way to the network; see [`find_told`]."""

@@ -12,7 +12,8 @@ import diffusers
 import torch
 
 import ld3_diffusers
-from ld3_diffusers import LD3Scheduler, Schedule, SolverSpec
+from ld3_diffusers import AMEDPredictor, AMEDScheduler, LD3Scheduler, Schedule, SolverSpec, load_scheduler
+from ld3_diffusers.schedulers.scheduling_amed import PREDICTOR_FOLDER
 from ld3_diffusers.schedulers.stock_config import BETA_KEYS, FLOW_KEYS, SIGMA_KEYS
 
 from .learner import Problem
@@ -30,7 +31,7 @@ MODEL_KEYS = (
 
 def existing(folder: str | Path) -> LD3Scheduler | None:
     """The scheduler that the folder already holds; a `ValueError` if it cannot be read."""
-    return LD3Scheduler.from_pretrained(folder) if Path(folder, CONFIG).exists() else None
+    return load_scheduler(folder) if Path(folder, CONFIG).exists() else None
 
 
 def check_same_model(present: LD3Scheduler | None, config) -> None:
@@ -115,28 +116,45 @@ def results(found: dict, rivals: dict[str, float], mu: float) -> dict:
 
 
 def save(
-    output_dir: str | Path, schedule: Schedule, stock, path, pictures: dict[str, Schedule], history: list | None = None
+    output_dir: str | Path,
+    schedule: Schedule,
+    stock,
+    path,
+    pictures: dict[str, Schedule],
+    history: list | None = None,
+    predictor: AMEDPredictor | None = None,
 ) -> None:
-    """Everything to a temporary folder first, then file by file to its place, the config last; `history` is that of learning."""
+    """Everything to a temporary folder first, then file by file to its place, the config last.
+
+    Args:
+        history: that of learning.
+        predictor: that of a schedule whose stages are predicted for each sample.
+    """
     output = Path(output_dir)
     entry, folder = {str(schedule.nfe): schedule.to_dict(path)}, output / f"nfe-{schedule.nfe}"
     present = existing(output)
+    has_stages = schedule.direction_scales is not None or isinstance(present, AMEDScheduler)
+    kind = AMEDScheduler if has_stages else LD3Scheduler
     if present is None:
         spec = schedule.spec
         names = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final")
         # None, a solver's default, is no value to a stock scheduler that may be made from this config
         given = {name: getattr(spec, name) for name in names if getattr(spec, name) is not None}
-        scheduler = LD3Scheduler.from_config(stock, **given, schedules=entry)
+        scheduler = kind.from_config(stock, **given, schedules=entry)
     else:
         schedules = {**(present.config.schedules or {}), **entry}
         ordered = {count: schedules[count] for count in sorted(schedules, key=int)}
-        scheduler = LD3Scheduler.from_config(present.config, schedules=ordered)
+        scheduler = kind.from_config(present.config, schedules=ordered)
+    predictors = {**getattr(present, "predictors", {}), schedule.nfe: predictor}
+    predictors = {nfe: each for nfe, each in predictors.items() if each is not None}
+    for nfe, each in predictors.items():
+        scheduler.set_predictor(nfe, each)
     partial = output / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         scheduler.save_pretrained(partial)
-        LD3Scheduler.from_pretrained(partial)
+        load_scheduler(partial)
         if history is not None:
             numbers = [{k: v if math.isfinite(v) else None for k, v in entry.items()} for entry in history]
             log = "".join(json.dumps({"step": i + 1, **entry}) + "\n" for i, entry in enumerate(numbers))
@@ -148,6 +166,22 @@ def save(
                 os.replace(partial / name, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)  # of what was there before
+        own = PREDICTOR_FOLDER.format(nfe=schedule.nfe)
+        if predictor is not None:
+            if (output / own).exists():
+                if present is not None:  # while one predictor takes another's place, no config names either
+                    (partial / "before.json").write_text(_without(present, schedule.nfe), encoding="utf-8")
+                    os.replace(partial / "before.json", output / CONFIG)
+                shutil.rmtree(output / own)
+            os.replace(partial / own, output / own)
         os.replace(partial / CONFIG, output / CONFIG)
+        if predictor is None:
+            shutil.rmtree(output / own, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _without(scheduler: LD3Scheduler, nfe: int) -> str:
+    """Its config without the schedule for `nfe` evaluations."""
+    rest = {count: entry for count, entry in (scheduler.config.schedules or {}).items() if count != str(nfe)}
+    return type(scheduler).from_config(scheduler.config, schedules=rest or None).to_json_string()

@@ -1,33 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules on a teacher's grid: the searches GITS and OSS on pairs, with what they compute kept on disk, and their students.
+"""Schedules on a teacher's grid: the searches GITS and OSS on pairs, with what they compute kept on disk, and their students."""
 
-What a search computes is cut into parts by the samples alone, each part kept in a file as soon as it is there, and put together in the
-order of the samples. So a run that was killed continues, and the number of processes does not matter.
-"""
-
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ld3_diffusers import Schedule, SolverSpec
 from ld3_diffusers.noise_path import NoisePath
 
 from .gits import COEFF, COEFFS, cost_sums, dynamic_programme
 from .initial import grid_search, named_grid
-from .learner import Problem, split
+from .kept_parts import kept
+from .learner import Problem
 from .learning_pairs import Part
 from .oss import COST_POWER, combined_path, optimal_paths
-from .processes import on_main, turns
-from .report import write_whole
 from .trajectory import record
 
 
@@ -148,7 +137,7 @@ def gits_cost(
         total = sum((part["sum"] for part in parts[1:]), parts[0]["sum"])
         return {"cost": total / len(problem.train), "z": parts[0]["z"]}
 
-    found = _kept(folder / "cost.safetensors", request, problem, batch_size, compute, together, "teacher trajectories")
+    found = kept(folder / "cost.safetensors", request, problem, batch_size, compute, together, "teacher trajectories")
     return found["cost"], found["z"]
 
 
@@ -173,7 +162,7 @@ def oss_paths(
     def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {"paths": torch.cat([part["paths"] for part in parts])}
 
-    return _kept(folder / "paths.safetensors", request, problem, batch_size, compute, together, "optimal steps")[
+    return kept(folder / "paths.safetensors", request, problem, batch_size, compute, together, "optimal steps")[
         "paths"
     ]
 
@@ -187,54 +176,6 @@ def _request(problem: Problem, schedule: Schedule, batch_size: int) -> dict:
         "pairs": problem.train.identity(),
         "batch_size": batch_size,
     }
-
-
-def _kept(
-    file: Path,
-    request: dict,
-    problem: Problem,
-    batch_size: int,
-    compute: Callable[[Tensor, dict], dict[str, Tensor]],
-    together: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]],
-    description: str,
-) -> dict[str, Tensor]:
-    """What `file` holds if the same was requested, else `together` of what `compute` returns for all parts of the training pairs."""
-    accelerator, text = problem.accelerator, json.dumps(request, sort_keys=True)
-    found = on_main(lambda: _read(file, text), accelerator)
-    if found is not None:
-        return found
-    work = file.with_name(f".parts-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
-    parts = split(range(len(problem.train)), batch_size)
-    part_file = [work / f"{k:06d}.safetensors" for k in range(len(parts))]
-    missing = on_main(lambda: [k for k, part in enumerate(part_file) if not part.is_file()], accelerator)
-    progress = tqdm(
-        turns(missing, accelerator), desc=description, unit="batch", disable=not accelerator.is_local_main_process
-    )
-    for k, own in progress:
-        noise, _, conditioning = problem.train.batch(list(parts[k]), problem.device)
-        tensors = {name: value.contiguous() for name, value in compute(noise, conditioning).items()}
-        if own:
-            write_whole(part_file[k], lambda temporary: save_file(tensors, temporary))
-    accelerator.wait_for_everyone()
-
-    def finish() -> dict[str, Tensor]:
-        result = together([load_file(part) for part in part_file])
-        write_whole(file, lambda temporary: save_file(result, temporary, metadata={"request": text}))
-        for stale in file.parent.glob(".parts-*"):
-            shutil.rmtree(stale)
-        return result
-
-    return on_main(finish, accelerator)
-
-
-def _read(file: Path, request: str) -> dict[str, Tensor] | None:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            if (tensors.metadata() or {}).get("request") != request:
-                return None
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}
-    except (OSError, SafetensorError):  # none, or a damaged one
-        return None
 
 
 # ---------------------------------------------------------------------- students

@@ -24,7 +24,16 @@ from ld3_diffusers.discretization import DISCRETIZATIONS
 from .arguments import check_writable, parse, usage_errors
 from .call_settings import CALL_SETTINGS
 from .gradient_check import check_gradients
-from .initial import BEFORE_ZERO, STOCK, candidates, grid_schedule, grid_search, saved_schedule
+from .initial import (
+    BEFORE_ZERO,
+    STOCK,
+    LosesToGrid,
+    candidates,
+    grid_schedule,
+    grid_search,
+    refuse_worse,
+    saved_schedule,
+)
 from .learner import LearnResult, Problem, learn
 from .learning_arguments import check, parser, recipe_of, solver_of
 from .learning_pairs import learning_pairs
@@ -106,10 +115,6 @@ def learning_settings(args, recipe: Recipe) -> dict:
     }
 
 
-class LosesToGrid(ValueError):
-    """A learned schedule that is no better than a hand-made grid."""
-
-
 def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem, facts: dict, logged: int = 0) -> int:
     """Learn, judge and save the schedule for `nfe` evaluations; returns the iterations, which trackers count on from `logged`."""
     rollout, accelerator = problem.rollout, problem.accelerator
@@ -130,7 +135,8 @@ def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem
     result.schedule = replace(result.schedule, provenance={**facts, **results(found, rivals, rollout.mu)})
     best = next(iter(rivals))
     accelerator.print(f"validation loss {result.loss:.6g}; {best}, the best hand-made grid, {rivals[best]:.6g}")
-    refuse_worse(args, result, rivals)
+    if not args.allow_worse:
+        refuse_worse(nfe, result.loss, rivals)
     if accelerator.is_main_process:
         pictures = {"learned": result.schedule, f"start: {start}": initial, f"best grid: {best}": grids[best]}
         save(args.output_dir, result.schedule, stock, problem.path, pictures, result.history)
@@ -208,17 +214,6 @@ def run(args, recipe: Recipe, problem: Problem, initial: Schedule, facts: dict, 
         )
     finally:
         progress.close()
-
-
-def refuse_worse(args, result: LearnResult, rivals: dict[str, float]) -> None:
-    """Raises [`LosesToGrid`] if a hand-made grid is as good on the validation pairs."""
-    best = next(iter(rivals))
-    if args.allow_worse or result.loss < rivals[best]:
-        return
-    raise LosesToGrid(
-        f"the schedule learned for {result.schedule.nfe} evaluations does not beat the grid {best!r} on the validation pairs "
-        f"({result.loss:.6g} against {rivals[best]:.6g}), so it was not saved; use more pairs or iterations, or that grid, or --allow_worse"
-    )
 
 
 if __name__ == "__main__":
