@@ -204,6 +204,7 @@ def setting_of(spec: SolverSpec, stages: str | None = None) -> str:
     """A solver in tables, e.g. "unipc 3", and how AMED's stages are placed."""
     solver = spec.make()
     name = f"{solver.name} {solver.order}" if getattr(solver, "order", None) else solver.name
+    name += ", analytical first step" if spec.afs else ""
     return name if stages is None else f"{name}, {'static stages' if stages == 'static' else 'stages per sample'}"
 
 
@@ -216,7 +217,7 @@ def scheduler_from(config: Mapping[str, Any], predictors: Mapping[int, AMEDPredi
 
 
 def copy_of(scheduler: LD3Scheduler, **options) -> LD3Scheduler:
-    """The scheduler anew, with other options of its config, and attached to nothing; predictors are shared."""
+    """The scheduler anew, with other options of its config, and attached to nothing."""
     return scheduler_from({**scheduler.config, **options}, predictors_of(scheduler))
 
 
