@@ -90,5 +90,7 @@ def test_the_page_tells_the_command_that_is_tested_here():
     for recipe in ("fashion-sd", "fashion-flux"):
         command = f"PYTHONPATH=. .venv/bin/python examples/evaluation/compare_schedules.py --config training/recipes/{recipe}.yaml"
         assert command in page
-    amed = "PYTHONPATH=. .venv/bin/python examples/evaluation/compare_amed.py --config training/recipes/fashion-sd.yaml"
+    amed = (
+        "PYTHONPATH=. .venv/bin/python examples/evaluation/compare_amed.py --config training/recipes/fashion-sd.yaml"
+    )
     assert amed in page
