@@ -92,10 +92,9 @@ Z = PATH.levels(bare().times).z
     "options, match",
     [
         ({"form": "static", "num_steps": 2}, "a static predictor is no network to ask; make a schedule of it with"),
-        ({"solver": "ipndm"}, "trained for solver='ipndm' and this schedule has 'amed'"),
-        ({"solver_order": 3}, "trained for solver_order=3 and this schedule has None"),
-        ({"afs": True}, "trained for afs=True and this schedule has False"),
-        ({"predict_x0": False}, "trained for predict_x0=False and this schedule has True"),
+        ({"solver": "ipndm"}, r"trained for solver='ipndm' \(here 'amed'\); use"),
+        ({"solver_order": 3}, "amed has no order 3"),
+        ({"afs": True}, r"trained for afs=True \(here False\); use"),
         ({"num_steps": 3}, "trained for num_steps=3 and this schedule has 2"),
         ({"z_max": 80.0, "z_min": float(Z[-1])}, "noise levels with z_max=80 and this schedule has 14.6"),
         ({"z_max": float(Z[0]), "z_min": 0.0}, "noise levels with z_min=0 and this schedule has 0.029"),
@@ -111,6 +110,14 @@ def test_predictors_of_another_schedule(options, match):
     with pytest.raises(ValueError, match=match):
         scheduler.set_predictor(4, predictor)
     assert not scheduler.predictors and json.dumps(scheduler.config.schedules) == before
+
+
+def test_forms_and_orders_of_the_student_are_told_apart():
+    schedule = bare(solver="dpmpp")
+    check_predictor(random_predictor(solver="dpmpp", solver_order=2), schedule, PATH)  # the default written out
+    for options, match in (({"predict_x0": False}, "predict_x0=False"), ({"solver_order": 3}, "solver_order=3")):
+        with pytest.raises(ValueError, match=match):
+            check_predictor(random_predictor(solver="dpmpp", **options), schedule, PATH)
 
 
 def test_a_predictor_of_this_schedule():
