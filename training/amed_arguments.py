@@ -26,12 +26,7 @@ def parser(documentation: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "train_amed", description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_teacher_arguments(p).add_argument(
-        "--gradient_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute the network block by block: less memory, more time",
-    )
+    add_teacher_arguments(p, differentiated=True)
     add_pair_arguments(p)
     schedule = add_schedule_arguments(p, solver="amed", solvers=STUDENTS)
     schedule.add_argument(

@@ -19,6 +19,7 @@ from ld3_diffusers import AMEDPredictor
 from .amed_student import Progress, Student
 from .amed_trajectories import Trajectories
 from .learner import Problem, split
+from .learner_default import MOST_SKIPPED
 
 
 LARGEST_GRADIENT = 1e5  # in place of an infinite one, as published
@@ -66,7 +67,7 @@ class AMEDLearner:
         self.pass_size = min(recipe.micro_batch_size or self.batch_size, self.batch_size)
         self.batches = math.ceil(len(problem.train) / self.batch_size)
         self.num_steps = recipe.num_epochs * self.batches
-        self.done = 0
+        self.done = self.skipped = 0
         self.best, self.best_loss = self._weights(), math.inf
 
     def start(self, initial_loss: float) -> None:
@@ -95,6 +96,12 @@ class AMEDLearner:
         indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
         entry = {f"step-{n}/loss": loss for n, loss in enumerate(self._learn(split(indices, self.pass_size)))}
         entry["loss"] = math.fsum(entry.values())
+        self.skipped = 0 if math.isfinite(entry["loss"]) else self.skipped + 1
+        if self.skipped >= MOST_SKIPPED:
+            raise ValueError(
+                f"the losses of {MOST_SKIPPED} batches in a row are not finite; use --mixed_precision no or bf16, another "
+                "discretization or a lower solver order"
+            )
         self.done += 1
         if self.done % self.recipe.validation_steps == 0 or self.finished:
             entry["validation_loss"] = loss = self.validation_loss()
@@ -164,9 +171,11 @@ class AMEDLearner:
             "best": self.best,
             "best_loss": self.best_loss,
             "done": self.done,
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.predictor.load_state_dict(state["predictor"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.best_loss, self.done = state["best"], state["best_loss"], state["done"]
+        self.best, self.best_loss = state["best"], state["best_loss"]
+        self.done, self.skipped = state["done"], state["skipped"]

@@ -57,14 +57,20 @@ RECIPE_FLAGS = {
 }
 
 
-def add_teacher_arguments(p: argparse.ArgumentParser):
-    """The teacher; returns the group."""
+def add_teacher_arguments(p: argparse.ArgumentParser, differentiated: bool = False) -> None:
+    """The teacher; `differentiated`, by programs that learn through it."""
     model = p.add_argument_group("teacher")
     model.add_argument("--pretrained_model_name_or_path", "--teacher", required=True, help="pipeline folder or Hub id")
     model.add_argument("--revision", help="branch, tag or commit on the Hub")
     model.add_argument("--variant", help="variant of the weight files, such as fp16")
     model.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the pipeline")
-    return model
+    if differentiated:
+        model.add_argument(
+            "--gradient_checkpointing",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="recompute the network block by block: less memory, more time",
+        )
 
 
 def add_pair_arguments(
@@ -134,12 +140,7 @@ def solver_of(args: argparse.Namespace) -> SolverSpec:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("train_ld3", description="Learn a schedule for a pipeline; see training/README.md.")
-    add_teacher_arguments(p).add_argument(
-        "--gradient_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute the network block by block: less memory, more time",
-    )
+    add_teacher_arguments(p, differentiated=True)
     add_pair_arguments(p)
     add_schedule_arguments(p).add_argument(
         "--discretization",

@@ -244,6 +244,16 @@ def test_gradients_that_are_not_finite_spoil_nothing(solver, monkeypatch):
     assert all(bool(torch.isfinite(value).all()) for value in learner.predictor.parameters())
 
 
+def test_losses_that_stay_not_finite_end_the_run(monkeypatch):
+    bench = Bench(dtype=torch.float32, num_epochs=100)
+    learner, losses = bench.learner, iter([math.nan, 1.0, *[math.inf] * 10])
+    monkeypatch.setattr(learner, "_learn", lambda parts: [next(losses)])
+    for _ in range(11):
+        learner.step()
+    with pytest.raises(ValueError, match="the losses of 10 batches in a row are not finite"):
+        learner.step()
+
+
 @pytest.mark.parametrize("form", ["static", "per_sample"])
 def test_a_continued_run_is_bit_for_bit_that_which_was_not_interrupted(form):
     whole = Bench("dpmpp", form, torch.float32, validation_steps=1)
