@@ -224,10 +224,8 @@ def test_one_count_that_loses_does_not_keep_others_from_being_learned(room, tmp_
     output = tmp_path / "schedules"
     real = train_ld3.refuse_worse
 
-    def refuse(args, result, rivals):
-        if result.schedule.nfe == 2:
-            rivals = dict.fromkeys(rivals, 0.0)
-        real(args, result, rivals)
+    def refuse(nfe, loss, rivals):
+        real(nfe, loss, dict.fromkeys(rivals, 0.0) if nfe == 2 else rivals)
 
     monkeypatch.setattr(train_ld3, "refuse_worse", refuse)
     said = refused(capsys, arguments(room, output, "--nfe", "2", "3"))
