@@ -50,6 +50,8 @@ def stock_overrides(config: dict[str, Any], explicit: dict[str, Any]) -> dict[st
     if "noise_path" not in config:
         overrides |= _noise_path_facts(config)
     overrides |= _solver_preferences(config, explicit)
+    if "discretization" in explicit and explicit["discretization"] != config.get("discretization"):
+        overrides["rho"] = None  # the exponent of another grid, which this one may not have
     if explicit.get("schedules", config.get("schedules")):
         # a named discretization, and its rho, serve the counts without a learned schedule
         asked = [key for key in GRID_KEYS if key in explicit and key not in ("discretization", "rho")]

@@ -249,3 +249,13 @@ def test_stock_schedulers_that_cannot_be_followed(option):
         LD3Scheduler.from_config(FlowMatchEulerDiscreteScheduler(**{option: True}).config)
     with pytest.raises(ValueError, match=option):
         LD3Scheduler.from_config(FlowMatchEulerDiscreteScheduler().config, **{option: True})
+
+
+def test_the_exponent_of_a_stock_grid_is_not_that_of_a_named_one():
+    stored = {key: value for key, value in EDMEulerScheduler(rho=5.0).config.items() if not key.startswith("_")}
+    assert LD3Scheduler.from_config(stored).config.rho == 5.0
+    for config in (stored, LD3Scheduler.from_config(stored).config):
+        assert LD3Scheduler.from_config(config, discretization="logsnr").config.rho is None
+        named = LD3Scheduler.from_config(config, discretization="polynomial", rho=3.0)
+        assert named.config.rho == 3.0
+        assert LD3Scheduler.from_config(named.config, discretization="polynomial").config.rho == 3.0
