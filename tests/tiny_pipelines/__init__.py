@@ -5,7 +5,9 @@ Each builder takes nothing and returns a new pipeline, holding the stock schedul
 arguments of one small 5-step call. The caller adds `generator` (and `latents`, where wanted).
 """
 
+from .adm import adm
 from .components import Builder
+from .edm import edm
 from .flow import flux, flux_img2img, pixart, qwen_image, sana, sd3, z_image
 from .pixel import ddpm, dit, ldm_unconditional
 from .sd import (
@@ -49,5 +51,7 @@ PIPELINES: dict[str, Builder] = {
         ldm,
         ldm_unconditional,
         ddpm,
+        edm,
+        adm,
     )
 }
