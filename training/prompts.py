@@ -11,10 +11,12 @@ from typing import Any
 
 import datasets
 
+from .seeds import parse_seeds
+
 
 PROMPT_ARGUMENTS = (
     *("prompts_file", "dataset_name", "dataset_config_name", "dataset_split"),
-    *("caption_column", "max_prompts"),
+    *("caption_column", "max_prompts", "class_labels"),
 )
 USUAL_COLUMNS = ("caption", "text", "prompt")
 
@@ -25,6 +27,7 @@ def add_prompt_arguments(parser) -> None:
         "--prompts_file",
         help="text, one prompt (or class label) a line; .csv or .tsv; .jsonl; .json, also COCO captions",
     )
+    parser.add_argument("--class_labels", help="of class-conditional pipelines, in place of prompts: 0-9,20")
     parser.add_argument("--dataset_name", help="instead: Hub id or folder of a data set with captions; '' is none")
     parser.add_argument("--dataset_config_name", help="of the data set; default: its only or default one")
     parser.add_argument("--dataset_split", help="of the data set (default: train)")
@@ -40,13 +43,13 @@ def add_prompt_arguments(parser) -> None:
 
 
 def prompts_of(args: Namespace, needed: int | None) -> list[str] | None:
-    """The prompts that parsed arguments name, or None if they name none.
+    """The prompts or class labels that parsed arguments name, or None if they name none.
 
     Args:
         needed: of a data set, read so many prompts if `--max_prompts` says nothing else; None: all.
 
     Raises:
-        ValueError: if a file and a data set are given, or as in [`read_prompts`] and [`read_dataset`].
+        ValueError: if more than one source is given, or as in [`read_prompts`], [`read_dataset`] and [`parse_seeds`].
     """
     if args.max_prompts is not None and args.max_prompts < 1:
         raise ValueError(f"--max_prompts must be at least 1, got {args.max_prompts}")
@@ -54,6 +57,10 @@ def prompts_of(args: Namespace, needed: int | None) -> list[str] | None:
         raise ValueError(
             "--prompts_file and --dataset_name are both given; drop one of them (--dataset_name= takes a recipe's away)"
         )
+    if args.class_labels is not None:
+        if args.prompts_file or args.dataset_name:
+            raise ValueError("--class_labels and prompts are both given; drop one of them")
+        return [str(label) for label in parse_seeds(args.class_labels, "class_labels")]
     if args.prompts_file:
         return read_prompts(args.prompts_file, caption_column=args.caption_column, max_prompts=args.max_prompts)
     if args.dataset_name:

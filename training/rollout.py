@@ -340,6 +340,8 @@ class PipelineRollout:
             if prompts is not None:
                 raise ValueError(f"{kind} is unconditional; drop the prompts")
             return {}
+        if prompts is None and self._prompt_name == "class_labels" and self.parameters["class_labels"].default is None:
+            return {}  # whether its network is unconditional, the pipeline knows
         if prompts is None:
             raise ValueError(
                 f"{kind} needs prompts or labels; give --prompts_file or --class_labels (or a list, to encode)"

@@ -37,7 +37,6 @@ def add_sampling_arguments(parser, *, seeds: str, teacher_required: bool = True)
     )
     add_call_arguments(parser)
     add_prompt_arguments(parser)
-    parser.add_argument("--class_labels", help="of class-conditional pipelines, in place of prompts: 0-9,20")
     parser.add_argument(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
@@ -58,11 +57,7 @@ def check_sampling(args: argparse.Namespace) -> tuple[list[int], list[str] | Non
     check_call_arguments(args)
     check_teacher_name(args.pretrained_model_name_or_path)
     seeds = parse_seeds(args.seeds)
-    if args.class_labels is None:
-        return seeds, prompts_of(args, len(seeds))
-    if args.prompts_file or args.dataset_name:
-        raise ValueError("--class_labels and prompts are both given; drop one of them")
-    return seeds, [str(label) for label in parse_seeds(args.class_labels, "class_labels")]
+    return seeds, prompts_of(args, len(seeds))
 
 
 def load_pipeline(args: argparse.Namespace, accelerator) -> DiffusionPipeline:
