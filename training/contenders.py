@@ -11,6 +11,8 @@ from diffusers import (
     DDIMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -29,6 +31,7 @@ from .scheduler_specs import PLACES, STOCK, SchedulerSpec, called
 
 
 SPACINGS = ("linspace", "leading", "trailing")
+EDM_FACTS = ("sigma_min", "sigma_max", "sigma_data", "prediction_type", "rho")
 
 
 # ---------------------------------------------------------------------- stock schedulers
@@ -51,6 +54,14 @@ def stock_contenders(config, nfe: int) -> Iterator[Contender]:
         ):
             yield Contender(name, flow_scheduler(kind, config), steps, setting)
         return
+    if is_preconditioned(config):
+        facts = {key: config[key] for key in EDM_FACTS if config.get(key) is not None}
+        for sigmas in ("karras", "exponential"):
+            yield Contender("Euler", EDMEulerScheduler(**facts, sigma_schedule=sigmas), nfe, sigmas)
+            for order in (2, 3):
+                scheduler = EDMDPMSolverMultistepScheduler(**facts, sigma_schedule=sigmas, solver_order=order)
+                yield Contender(f"DPM++ {order}M", scheduler, nfe, sigmas)
+        return
     for spacing in SPACINGS:
         for name, kind, steps in (
             ("UniPC", UniPCMultistepScheduler, nfe),
@@ -68,6 +79,11 @@ def stock_contenders(config, nfe: int) -> Iterator[Contender]:
 def is_flow(config) -> bool:
     """Whether a scheduler's config is that of a flow model."""
     return LD3Scheduler.from_config(config, schedules=None).path.kind == "flow"
+
+
+def is_preconditioned(config) -> bool:
+    """Whether a scheduler's config is that of a model with EDM's preconditioning."""
+    return LD3Scheduler.from_config(config, schedules=None).config.noise_path == "edm"
 
 
 def _shift(config) -> tuple[float, bool]:
@@ -165,6 +181,11 @@ class NamedScheduler:
         takes = inspect.signature(kind.__init__).parameters
         if "shift" in takes and "beta_start" not in takes:
             raise ValueError("it is for flow models, and this pipeline has none; use another scheduler")
+        if is_preconditioned(self.config) and "sigma_data" not in takes:
+            raise ValueError(
+                "it does not know EDM's preconditioning, which this pipeline's network has; use EDMEulerScheduler, "
+                "EDMDPMSolverMultistepScheduler, or LD3Scheduler with any solver"
+            )
         return kind.from_config(self.config, **options)
 
     @property

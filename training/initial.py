@@ -21,7 +21,7 @@ GRIDS = {
     "vp_discrete": (*VP_GRIDS, "ays"),
     "vp_linear": VP_GRIDS,
     "vp_cosine": VP_GRIDS,
-    "ve": ("logsnr", "polynomial", "ays"),
+    "ve": ("logsnr", "polynomial", "time_uniform_vp", "ays"),
     "flow": ("time_uniform", "flow_linear", "time_quadratic", "edm"),
 }
 STOCK = ("stock", "stock_karras", "stock_exponential")
@@ -45,7 +45,7 @@ def grid_schedule(
     """The schedule of a named grid for `nfe` evaluations.
 
     Args:
-        name: a discretization ("poly" with rho 3, "flow_linear" with shift 3), perhaps followed by "_before_zero";
+        name: a discretization ("poly" with rho 3, "time_uniform_vp" with 2, "flow_linear" with shift 3), perhaps followed by "_before_zero";
             "stock", "stock_karras", "stock_exponential": what Diffusers makes of `stock_config`, on discrete
             variance-preserving paths.
         final_sigmas_type: "zero" ends in clean data, "sigma_min" at `path.t_min`.
@@ -92,7 +92,8 @@ def named_grid(name: str, path: NoisePath, steps: int, to_zero: bool, rho: float
     if base not in DISCRETIZATIONS:
         known = ", ".join([*DISCRETIZATIONS, *STOCK])
         raise ValueError(f"unknown discretization {name!r}; use one of {known}, or the folder of a saved schedule")
-    options = {"poly": {"rho": 3.0}, "flow_linear": {"shift": 3.0}}.get(base, {})
+    usual = {"poly": {"rho": 3.0}, "time_uniform_vp": {"rho": 2.0}, "flow_linear": {"shift": 3.0}}
+    options = usual.get(base, {})
     options = options if rho is None else {**options, "rho": rho}
     if not to_zero:
         if name != base:
