@@ -30,6 +30,7 @@ from .evaluation_of_pipeline import evaluate_pipeline
 from .evaluation_report import short_table, write_report
 from .metrics import CLIP_MODEL, DINOV2_MODEL, METRICS, make_metrics
 from .processes import COLLECTIVE_TIMEOUT, lost_process_message
+from .published_results import METRIC, check_published, published_lines, published_results, record
 from .report import write_whole
 from .sampling_arguments import add_sampling_arguments, check_sampling, versions
 from .scheduler_specs import SchedulerSpec, parse_scheduler
@@ -87,6 +88,11 @@ def add_metric_arguments(parser) -> None:
     metrics.add_argument("--feature_network", default="inception", help="of fid, kid and is; see training/features.py")
     metrics.add_argument("--reference", nargs="+", default=[], help="files made by training.make_reference")
     metrics.add_argument("--reference_network", help="that made files which do not say so")
+    metrics.add_argument(
+        "--published_results",
+        metavar="DATA_SET",
+        help="print the FIDs that papers report for this data set beside these; see training/published_results.yaml",
+    )
     metrics.add_argument("--inception_weights", help="file, in place of fetching it")
     metrics.add_argument("--clip_model", default=CLIP_MODEL, help="default: %(default)s")
     metrics.add_argument("--dinov2_model", default=DINOV2_MODEL, help="default: %(default)s")
@@ -118,6 +124,7 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[str] | None, list[S
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.blocks == 1:
         raise ValueError("--blocks are for a spread, which one alone has not; give 0 or at least 2")
+    check_published(args.published_results, args.metrics)
     check_writable(args.output_dir)
     if args.images:
         check_images(args)
@@ -181,11 +188,15 @@ def evaluate(
     else:
         results = evaluate_pipeline(args, seeds, prompts, specs, metrics, accelerator)
     results["facts"] |= {"versions": versions(), "command": command}
+    if args.published_results:
+        fid = next(metric for metric in metrics if metric.name == METRIC)
+        results["published"] = record(published_results(args.published_results), fid, results["facts"])
     if accelerator.is_main_process:
         folder = Path(args.output_dir)
         save_results(folder / "results.json", results)
         write_report(folder, results)
-        print(f"{short_table(results)}\n\nwrote {folder}/results.json, table.md and pictures")
+        print("\n".join([short_table(results), *published_lines(results)]))
+        print(f"\nwrote {folder}/results.json, table.md and pictures")
         for warning in results["warnings"]:
             print(f"note: {warning}")
     accelerator.wait_for_everyone()

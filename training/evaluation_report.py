@@ -13,6 +13,8 @@ The results, as [`training.evaluate`] writes them:
                 teacher_values   {metric: value} of the teacher's own samples, for metrics that compare with no teacher
                 command          how it was made
     warnings    sentences
+    published   what papers report for the same data set, and how their measurement differs, where that was asked for;
+                as [`training.published_results.record`] makes it
     absent      [{"name", "nfe", "reason"}]
     rows        [{"name", "setting", "nfe", "evaluations", "schedule", "values", "local_errors", ...}]; `nfe` is null for image files
       schedule      {"levels": z at the nfe + 1 ends of the steps, "told": z at the nfe times told to the network} or null
@@ -31,6 +33,7 @@ from pathlib import Path
 from .arguments import usage_errors
 from .evaluation_plots import local_errors_figure, quality_figure, samples_figure, schedules_figure
 from .evaluation_table import markdown, short_table
+from .published_results import published_lines, published_section
 from .report import write_whole
 
 
@@ -52,7 +55,7 @@ def write_report(folder: Path, results: dict, nfe: int | None = None) -> str:
     Raises:
         ValueError: if `nfe` was not evaluated, or there are no metrics.
     """
-    text = markdown(results)
+    text = "\n".join([markdown(results), *published_section(results)])
     figures = {
         "quality": quality_figure(results),
         "schedules": schedules_figure(results),
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with usage_errors(command_line):
         results = read_results(args.folder)
         write_report(args.folder, results, args.nfe)
-    print(short_table(results))
+    print("\n".join([short_table(results), *published_lines(results)]))
 
 
 if __name__ == "__main__":
