@@ -14,6 +14,7 @@ from tests.tiny_pipelines import PIPELINES
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "evaluation" / "compare_schedules.py"
+EDM = ROOT / "examples" / "evaluation" / "compare_edm.py"
 AMED = ROOT / "examples" / "evaluation" / "compare_amed.py"
 LITTLE = {
     "make_teacher_set": {"num_samples": 12, "num_inference_steps": 12, "max_sequence_length": 16},
@@ -83,6 +84,21 @@ def test_all_students_of_amed_are_compared(tmp_path, monkeypatch):
         "Euler",
     }
     assert results["subject"] == "LD3"
+
+
+@pytest.mark.slow
+def test_everyone_is_compared_on_edms_home_ground(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(EDM.parent))
+    PIPELINES["edm"]()[0].save_pretrained(tmp_path / "tiny-edm")
+    recipe = little_recipe("fashion-edm", tmp_path / "tiny-edm", tmp_path, without=["max_sequence_length"])
+    monkeypatch.setattr(sys, "argv", ["compare", "--config", str(recipe), "--nfe", "4", "5", "--num_samples", "6"])
+    runpy.run_path(str(EDM), run_name="__main__")
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    searched = {f"GITS {solver}{kind}" for solver in ("UniPC", "iPNDM") for kind in ("", " rescored")} | {"OSS Euler"}
+    unlearned = {"Heun", "DPM++", "UniPC", "iPNDM", "DEIS", "Euler", "DPM++ 2M", "DPM++ 3M"}
+    assert {row["name"] for row in results["rows"]} == {"LD3", "AMED-Solver", "AMED iPNDM"} | searched | unlearned
+    assert not results["absent"]
 
 
 def test_the_page_tells_the_command_that_is_tested_here():

@@ -8,6 +8,7 @@ Results go to the folder `amed` beside those of compare_schedules.py. Each part 
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from ld3_diffusers import LD3Scheduler, load_scheduler
@@ -44,19 +45,25 @@ def folder_of(folder: Path, student: str, form: str) -> Path:
 
 
 def learn(config: list[str], folder: Path, nfes: list[int]) -> None:
-    """A folder of schedules for each student and form; odd counts have an analytical first step."""
+    """Pairs, LD3's schedules and those of all students in both forms."""
     make_teacher_set.main(config)
     counts = [str(nfe) for nfe in nfes]
     train_ld3.main(
         [*config, "--nfe", *counts, "--allow_worse", "--resume_from_checkpoint", "latest", "--report_to", "none"]
     )
-    for student, solver in STUDENTS.items():
-        mine = [nfe for nfe in nfes if student in EVERYWHERE or nfe == OTHERS_AT]
-        for form, name in FORMS.items():
+    learn_students(config, folder, nfes, EVERYWHERE, FORMS)
+    others = [student for student in STUDENTS if student not in EVERYWHERE]
+    learn_students(config, folder, [nfe for nfe in nfes if nfe == OTHERS_AT], others, FORMS)
+
+
+def learn_students(config: list[str], folder: Path, nfes: list[int], students: Iterable[str], forms: Iterable[str]):
+    """A folder of schedules for each student and form; odd counts have an analytical first step."""
+    for student in students:
+        for form in forms:
             for afs in (False, True):
-                counts = [str(nfe) for nfe in mine if nfe % 2 == afs]
+                counts = [str(nfe) for nfe in nfes if nfe % 2 == afs]
                 if counts:
-                    options = [*solver, "--form", name, "--afs" if afs else "--no-afs"]
+                    options = [*STUDENTS[student], "--form", FORMS[form], "--afs" if afs else "--no-afs"]
                     output = ["--output_dir", str(folder_of(folder, student, form)), "--report_to", "none"]
                     shared = ["--trajectories", str(folder / "trajectories")]
                     resume = ["--allow_worse", "--resume_from_checkpoint", "latest"]

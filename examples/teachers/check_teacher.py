@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from fashion_classifier import FashionClassifier, FeaturesOfImages
 from PIL import Image
 
 from training.frechet import Moments, frechet_distance
 from training.references import load_reference
+from training.teacher import load_teacher
 
 
 REFERENCE_DIR = Path(__file__).parent / "reference"
@@ -33,14 +34,15 @@ def call_settings(args):
 
 @torch.no_grad()
 def sample(pipeline, prompts, args):
-    """RGB images `(n, 3, 32, 32)` in [0, 1], the i-th from its own seed, so that batch size changes no image."""
+    """RGB images `(n, 3, 32, 32)` in [0, 1] of prompts or class labels, the i-th from its own seed, so that batch size changes no image."""
+    name = "class_labels" if isinstance(prompts[0], int) else "prompt"
     images = []
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start : start + args.batch_size]
         generators = [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(batch))]
         images.append(
             pipeline(
-                batch,
+                **{name: batch},
                 num_inference_steps=args.num_inference_steps,
                 generator=generators,
                 output_type="pt",
@@ -48,7 +50,7 @@ def sample(pipeline, prompts, args):
             ).images
         )
         print(f"{start + len(batch)}/{len(prompts)} images", flush=True)
-    return torch.cat(images).float()
+    return torch.cat(images).float().expand(-1, 3, -1, -1)
 
 
 def grid(images, classes, columns, scale=2):
@@ -59,6 +61,20 @@ def grid(images, classes, columns, scale=2):
     canvas = tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     picture = Image.fromarray((canvas * 255).round().byte().numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def prompts_by_class(folder, split, classes, images_per_class):
+    """Prompts, or without `prompts.json` the labels themselves, and the class of each."""
+    labels = [label for label in range(len(classes)) for _ in range(images_per_class)]
+    if not (folder / "prompts.json").is_file():
+        return labels, labels
+    wordings = json.loads((folder / "prompts.json").read_text())
+    prompts = []
+    for name in classes:
+        captions = [caption for part in ([split] if split else wordings) for caption in wordings[part][name]]
+        # All wordings in turn, so that a class is judged by how it is asked for on average.
+        prompts += [captions[i % len(captions)] for i in range(images_per_class)]
+    return prompts, labels
 
 
 def parse_args():
@@ -101,19 +117,12 @@ def main():
         if name in CALL_SETTINGS and getattr(args, name) is None:
             setattr(args, name, value)
 
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline = load_teacher(str(folder))
     pipeline.set_progress_bar_config(disable=True)
     if SCHEDULERS[args.scheduler] is not None:
         pipeline.scheduler = SCHEDULERS[args.scheduler].from_config(pipeline.scheduler.config)
 
-    wordings = json.loads((folder / "prompts.json").read_text())
-    splits = [args.split] if args.split else list(wordings)
-    prompts, labels = [], []
-    for label, name in enumerate(reference["classes"]):
-        captions = [caption for split in splits for caption in wordings[split][name]]
-        # All wordings in turn, so that a class is judged by how it is asked for on average.
-        prompts += [captions[i % len(captions)] for i in range(args.images_per_class)]
-        labels += [label] * args.images_per_class
+    prompts, labels = prompts_by_class(folder, args.split, reference["classes"], args.images_per_class)
     labels = torch.tensor(labels)
 
     since = time.time()

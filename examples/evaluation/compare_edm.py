@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pixel-space EDM at 3 to 10 evaluations: EDM's own solvers on its grids, stock schedulers, GITS, OSS, AMED and LD3.
+
+    PYTHONPATH=. python examples/evaluation/compare_edm.py --config training/recipes/fashion-edm.yaml
+
+makes teacher pairs, learns and searches on them, and evaluates everyone from seeds that nobody saw, all as the recipe says. Results go
+where the recipe lets `evaluate` write. Each part continues when the command is given again.
+"""
+
+import argparse
+from pathlib import Path
+
+import compare_amed
+import compare_schedules
+
+from training import evaluate
+from training.arguments import read_recipe
+
+
+STUDENTS = ("AMED-Solver", "AMED iPNDM")
+# The solvers of EDM, AMED and GITS with their usual orders, each on the grids that are usual for one of them. All of one name are, for a
+# table, the best of them.
+SOLVERS = {
+    "Heun": "solver=heun",
+    "DPM++": "solver=dpmpp,solver_order=3",
+    "UniPC": "solver=unipc,solver_order=3",
+    "iPNDM": "solver=ipndm,solver_order=3",
+    "DEIS": "solver=deis,solver_order=3",
+}
+GRIDS = ("polynomial", "logsnr", "time_uniform_vp,rho=2")
+
+
+def contenders(recipe: dict) -> list[str]:
+    """As `training.evaluate` takes them; LD3, with which the others are compared, first."""
+    gits = recipe["search_gits"]["output_dir"]
+    amed = Path(recipe["train_amed"]["output_dir"])
+    return [
+        f"{recipe['train_ld3']['output_dir']}:name=LD3",
+        *(
+            f"{compare_schedules.gits_folder(Path(gits).parent, solver, rescored)}:name=GITS {solver}{' rescored' * rescored}"
+            for solver in compare_schedules.SOLVERS
+            for rescored in (False, True)
+        ),
+        *(f"{compare_amed.folder_of(amed, student, 'per sample')}:name={student}" for student in STUDENTS),
+        *(
+            f"LD3Scheduler:name={name},{solver},discretization={grid}"
+            for name, solver in SOLVERS.items()
+            for grid in GRIDS
+        ),
+        f"{recipe['search_oss']['output_dir']}:name=OSS Euler",
+        "stock",
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="training/recipes/fashion-edm.yaml", help="recipe (default: %(default)s)")
+    parser.add_argument("--nfe", type=int, nargs="+", default=list(range(3, 11)), help="default: 3 to 10")
+    parser.add_argument("--num_samples", type=int, default=512, help="to judge on (default: %(default)s)")
+    args = parser.parse_args(argv)
+    recipe, config, counts = read_recipe(args.config), ["--config", args.config], [str(nfe) for nfe in args.nfe]
+    compare_schedules.search_and_learn(config, Path(recipe["search_gits"]["output_dir"]).parent, counts)
+    compare_amed.learn_students(config, Path(recipe["train_amed"]["output_dir"]), args.nfe, STUDENTS, ("per sample",))
+    seeds = f"{compare_schedules.FIRST_SEED}-{compare_schedules.FIRST_SEED + args.num_samples - 1}"
+    evaluate.main([*config, "--schedulers", *contenders(recipe), "--nfe", *counts, "--seeds", seeds])
+
+
+if __name__ == "__main__":
+    main()
