@@ -32,12 +32,13 @@ MORE_MODULES = [
 ]  # for fashion-flux
 # Recipe: the small teacher that takes the place of its own one, and what else the recipe says that this has not. A Flux with random
 # weights is not only fast: its few samples have no outliers, so that a learned schedule wins on any of them.
-STAND_INS = {"fashion-flux": ("tiny-flux", []), "sd15": ("fashion-sd", ["--variant="]), "flux-dev": ("tiny-flux", [])}
+STAND_INS = {"fashion-flux": ("tiny-flux", []), "sd15": ("tiny-sd", ["--variant="]), "flux-dev": ("tiny-flux", [])}
 SHORTER = {
-    "fashion-sd": {
-        "training.make_teacher_set": ["--num_samples", "48", "--train_batch_size", "24"],
-        "training.train_ld3": ["--nfe", "6", "--num_train", "32", "--num_valid", "16", "--max_train_steps", "20"],
-        "training.publish": ["--nfe", "6", "--num_samples", "48", "--train_batch_size", "24"],
+    "tiny-sd": {
+        "training.make_teacher_set": ["--num_samples", "32"],
+        "training.train_ld3": ["--nfe", "5", "--num_train", "22", "--num_valid", "10", "--max_train_steps", "40"]
+        + ["--train_batch_size", "8"],
+        "training.publish": ["--nfe", "5", "--num_samples", "24"],
     },
     "tiny-flux": {
         "training.make_teacher_set": ["--num_samples", "32", "--max_sequence_length", "16"],
@@ -99,7 +100,8 @@ def test_the_readme_has_every_program_for_every_recipe():
 def test_the_commands_from_start_to_repository(recipe, tmp_path, hub, monkeypatch):
     monkeypatch.chdir(ROOT)
     hub.tokens["hf_you"] = "you"
-    PIPELINES["flux"]()[0].save_pretrained(tmp_path / "tiny-flux")
+    for kind in ("sd", "flux"):
+        PIPELINES[kind]()[0].save_pretrained(tmp_path / f"tiny-{kind}")
     for module, given in commands(recipe):
         given = given + instead(recipe, module, tmp_path)
         given += ["--hub_token", "hf_you"] if "--push_to_hub" in given else []
