@@ -51,7 +51,9 @@ class Name(NamedTuple):
 
 @dataclass(eq=False)
 class Instance:
-    """An object of a class that was never imported."""
+    """An object of a class that was never imported; a subclass may have a state of another kind."""
+
+    state_type = dict
 
     class_name: str
     state: dict[str, Any] = field(default_factory=dict)
@@ -197,7 +199,7 @@ def _call(target, arguments):
 
 
 def _set_state(target, state) -> None:
-    if isinstance(target, Instance) and type(state) is dict:
+    if isinstance(target, Instance) and type(state) is target.state_type:
         target.state = state
     elif state or type(target) is not dict:  # Python before 3.11 sets the empty state of a dict's subclass
         raise Refused(f"sets the state of a {type(target).__name__}, which is refused")

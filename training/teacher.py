@@ -12,6 +12,8 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from pipelines.repository import load_family
+
 from .denoisers import companions, denoisers
 
 
@@ -30,6 +32,8 @@ def load_teacher(
 ) -> DiffusionPipeline:
     """A pipeline from a folder or the Hub, in the dtype of `mixed_precision`, on `device` (None: where it is loaded, on the host).
 
+    Those of `pipelines/` are made of this project's classes, whatever code lies beside their weights.
+
     Without `text_encoders` their weights, and those of a safety checker, are not read: for stored embeddings, see
     [`ConditioningStore.has_text`].
 
@@ -39,12 +43,16 @@ def load_teacher(
     check_teacher_name(name_or_path)
     dtype = DTYPES[mixed_precision or "no"]
     try:
-        options = {}
-        if not text_encoders:
-            options = dict.fromkeys(_around_sampling(DiffusionPipeline.load_config(name_or_path, revision=revision)))
-        pipe = DiffusionPipeline.from_pretrained(
-            name_or_path, revision=revision, variant=variant or None, torch_dtype=dtype, **options
-        )
+        pipe = load_family(name_or_path, revision=revision, variant=variant or None, torch_dtype=dtype)
+        if pipe is None:
+            options = {}
+            if not text_encoders:
+                options = dict.fromkeys(
+                    _around_sampling(DiffusionPipeline.load_config(name_or_path, revision=revision))
+                )
+            pipe = DiffusionPipeline.from_pretrained(
+                name_or_path, revision=revision, variant=variant or None, torch_dtype=dtype, **options
+            )
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         place = "the folder" if Path(name_or_path).is_dir() else "the Hub (there is no such local folder)"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
