@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from ld3_diffusers import LD3Scheduler, find_schedules, load_scheduler
+from pipelines import convert
+from tests.pipelines.edm_files import golden, write_edm
 from tests.tiny_pipelines import PIPELINES
 from training import make_reference
 from training.references import load_reference
@@ -145,6 +147,34 @@ def test_the_commands_that_learn_stages(tmp_path, monkeypatch):
         importlib.import_module(module).main([*arguments, *little[module]])
     scheduler = load_scheduler(tmp_path / "amed")
     assert scheduler.learned_counts == [4] and set(scheduler.predictors) == {4}
+
+
+@pytest.mark.slow
+def test_the_commands_from_a_public_checkpoint_to_a_table(tmp_path, monkeypatch):
+    """A pickle as EDM writes them, of a small network, in the place of the one that would be fetched."""
+    monkeypatch.chdir(ROOT)
+    checkpoint = write_edm(tmp_path / "edm-cifar10-32x32-uncond-vp.pkl", golden("edm_ddpmpp_uncond"))
+    (line,) = [line for block in blocks("bash") for line in block.splitlines() if "-m pipelines.convert" in line]
+    given = shlex.split(line)[3:]
+    assert given[1:3] == [checkpoint.name, "--download"]
+    convert.main([given[0], str(checkpoint), *given[3:], "--output_dir", str(tmp_path / "teacher")])
+    statistics = ROOT / "examples" / "teachers" / "reference" / "statistics.npz"
+    little = {
+        "training.make_teacher_set": ["--num_samples", "12", "--num_inference_steps", "8"]
+        + ["--output_dir", str(tmp_path / "pairs")],
+        "training.train_ld3": ["--nfe", "4", "--num_train", "8", "--num_valid", "4", "--loss", "l2", "--allow_worse"]
+        + ["--teacher_set", str(tmp_path / "pairs"), "--output_dir", str(tmp_path / "schedules")]
+        + ["--report_to", "none"],
+        "training.evaluate": ["--schedulers", str(tmp_path / "schedules"), "--nfe", "4", "--seeds", "0-127"]
+        + ["--feature_network", "examples/teachers/fashion_classifier.py:features_of_images"]
+        + ["--reference", str(statistics), "--output_dir", str(tmp_path / "evaluation")],
+    }
+    programs = commands("cifar10")
+    assert [module for module, _ in programs] == list(little)
+    for module, arguments in programs:
+        importlib.import_module(module).main([*arguments, *little[module], "--teacher", str(tmp_path / "teacher")])
+    table = (tmp_path / "evaluation" / "table.md").read_text()
+    assert "9.31" in table and "Not like for like" in table
 
 
 def test_the_command_that_makes_a_reference(tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ LIBRARY_LAZY_IMPORTS = {"scipy"}
 README_COMMANDS = {
     "make demo": ("Makefile", "\ndemo:"),
     "make test": (".ci/run", "\nmake --no-print-directory test\n"),
+    ".venv/bin/python -m pipelines.convert": ("tests/test_readme.py", "convert.main("),
     ".venv/bin/accelerate launch -m training.make_teacher_set": (
         "tests/test_readme.py",
         '"training.make_teacher_set"',
