@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# In the order of collection: files with few tests, which by default come last, are the slow ones.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
 # The oldest Diffusers is the one that setup.cfg names. It wants a hub client below 2.0, and httpx.

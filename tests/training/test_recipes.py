@@ -279,6 +279,7 @@ def test_evaluations_are_as_published(path, tmp_path, monkeypatch):
     assert {made.output_dir for made in learned.values()} == {spec.source for spec in specs if spec.is_saved}
     assert len({spec.name for spec in specs}) == len(specs)
     assert {nfe for made in learned.values() for nfe in made.nfe} == set(args.nfe)
+    assert all(spec.options["solver_order"] == 4 for spec in specs if spec.source == "LD3Scheduler")
     # EDM's statistics say nothing of their network; those that make_reference makes do.
     edm = path.stem in ("cifar10", "ffhq-64", "afhqv2-64", "imagenet-64")
     assert args.reference_network == ("inception" if edm else None)
