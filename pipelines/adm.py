@@ -10,16 +10,18 @@ $\bar\alpha_\tau$ is the model's own noise schedule at the timestep that the net
 
 | `noise_path` | $\log\bar\alpha_\tau$ |
 |---|---|
-| `vp_discrete` | linear between the 1000 training steps, $\beta$ from $10^{-4}$ to $0.02$, and 0 at $\tau = -1$ |
+| `vp_discrete` | linear between the training steps of the scheduler's betas, and 0 at $\tau = -1$ |
 | `vp_linear` | $-\frac12 19.9 t^2 - 0.1 t$ with $t = \tau/999$ (arXiv:2011.13456), the convention of AMED |
 
 This file stands alone: it also works as a Diffusers custom pipeline.
 """
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import Attention
@@ -40,21 +42,27 @@ NOISE_PATHS = ("vp_discrete", "vp_linear")
 
 # ---------------------------------------------------------------------- noise schedule
 
-_LOG_ALPHA_BAR = F.pad(torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumsum(0), (1, 0))
+BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
-def log_alpha_bar(timestep: Tensor, noise_path: str = "vp_discrete") -> Tensor:
+def log_alpha_bar(timestep: Tensor, config: Mapping[str, Any], noise_path: str | None = None) -> Tensor:
     r"""$\log\bar\alpha$ at fractional timesteps of any shape, differentiable; see the module's docstring.
+
+    Args:
+        config: of a scheduler: its betas, and its `noise_path` if it has one.
+        noise_path: in place of that one.
 
     Raises:
         ValueError: for another noise path.
     """
+    noise_path = noise_path or config.get("noise_path", "vp_discrete")
     if noise_path == "vp_linear":
         t = timestep / 999
         return -9.95 * t**2 - 0.1 * t
     if noise_path != "vp_discrete":
         raise ValueError(f"classifier guidance has no noise path {noise_path!r}; use one of {', '.join(NOISE_PATHS)}")
-    table, position = _LOG_ALPHA_BAR.to(timestep), timestep + 1
+    betas = DDIMScheduler(**{key: config[key] for key in BETA_KEYS if key in config})
+    table, position = F.pad(betas.alphas_cumprod.double().log(), (1, 0)).to(timestep), timestep + 1
     left = position.detach().floor().clamp(0, len(table) - 2)
     low, high = table[left.long()], table[left.long() + 1]
     return low + (position - left) * (high - low)
@@ -247,9 +255,9 @@ class _Guidance(torch.autograd.Function):
     def forward(ctx, classifier: ADMClassifier, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         ctx.classifier = classifier
         ctx.save_for_backward(sample, timestep, class_labels)
-        with torch.enable_grad():
-            sample = sample.detach().requires_grad_()
-            value = classifier.log_probability(sample, timestep.detach(), class_labels).sum()
+        with torch.inference_mode(False), torch.enable_grad():
+            sample = sample.detach().clone().requires_grad_()
+            value = classifier.log_probability(sample, timestep.detach().clone(), class_labels.clone()).sum()
             return torch.autograd.grad(value, sample)[0]
 
     @staticmethod
@@ -319,8 +327,7 @@ class ADMPipeline(DiffusionPipeline):
         if config.get("prediction_type", "epsilon") != "epsilon":
             raise ValueError("classifier guidance needs a scheduler whose prediction_type is 'epsilon'")
         times = timestep.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
-        path = self.config.noise_path or config.get("noise_path", "vp_discrete")
-        sigma = (-torch.expm1(log_alpha_bar(times, path))).sqrt().to(sample.dtype)
+        sigma = (-torch.expm1(log_alpha_bar(times, config, self.config.noise_path))).sqrt().to(sample.dtype)
         gradient = self.classifier.guidance(sample, timestep, class_labels)
         return noise - guidance_scale * sigma.reshape(-1, *[1] * (sample.ndim - 1)) * gradient
 
@@ -350,8 +357,12 @@ class ADMPipeline(DiffusionPipeline):
         Raises:
             ValueError: for labels that are missing or unknown, guidance without a classifier, and latents of another shape.
         """
-        given = [len(batch) for batch in (class_labels, latents) if isinstance(batch, (list, tuple, Tensor))]
-        batch_size = batch_size or max(given, default=1)
+        batch_size = _batch_size(batch_size, class_labels, latents, generator)
+        if self.scheduler.config.get("sigma_data") is not None:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} is for EDM's preconditioning, which this network does not have; use DDIMScheduler, "
+                "DPMSolverMultistepScheduler, LD3Scheduler or another one on betas"
+            )
         if self.classifier is None and guidance_scale not in (0, 1):
             raise ValueError(f"guidance_scale {guidance_scale} needs a classifier; load one, or drop it")
         labels = self._labels(class_labels, batch_size, guidance_scale)
@@ -391,9 +402,36 @@ class ADMPipeline(DiffusionPipeline):
             return None
         if not classes:
             raise ValueError("the network of this pipeline is unconditional and has no classifier; drop class_labels")
-        labels = torch.as_tensor(class_labels).reshape(-1)
-        if labels.is_floating_point() or not bool(((labels >= 0) & (labels < classes)).all()):
+        labels = _integers(class_labels)
+        if not bool(((labels >= 0) & (labels < classes)).all()):
             raise ValueError(f"class_labels must be integers from 0 to {classes - 1}, got {labels.tolist()}")
         if len(labels) not in (1, batch_size):
             raise ValueError(f"{len(labels)} class_labels are given for {batch_size} images; give one, or one each")
         return labels.expand(batch_size).to(self._execution_device)
+
+
+def _batch_size(batch_size: int | None, class_labels, latents: Tensor | None, generator) -> int:
+    """How many samples a call makes: as many as it says, else as it has of anything.
+
+    Raises:
+        ValueError: for no sample, and generators of another number.
+    """
+    several = (batch for batch in (class_labels, latents, generator) if hasattr(batch, "__len__"))
+    given = [len(batch) for batch in several if getattr(batch, "ndim", 1)]
+    batch_size = max(given, default=1) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(generator, list) and len(generator) not in (1, batch_size):
+        raise ValueError(f"{len(generator)} generators are given for {batch_size} images; give one, or one each")
+    return batch_size
+
+
+def _integers(class_labels) -> Tensor:
+    """(n,) of one label or several."""
+    try:
+        labels = torch.as_tensor(class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        labels = torch.empty(0)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"class_labels must be integers, got {class_labels!r:.60}")
+    return labels

@@ -21,6 +21,7 @@ Networks: DDPM++ and NCSN++ of Song et al. (arXiv:2011.13456), ADM of Dhariwal &
 public checkpoints. This file stands alone: it also works as a Diffusers custom pipeline.
 """
 
+import inspect
 import math
 
 import torch
@@ -69,11 +70,12 @@ def iddpm_sigmas(steps: int = TRAIN_TIMESTEPS, c_1: float = 0.001, c_2: float = 
     return torch.stack(sigmas[::-1])
 
 
+IDDPM_SIGMAS = iddpm_sigmas()
 PRECONDITIONINGS: dict[str, tuple[float, float]] = {  # and the noise levels between which they were trained
     "edm": (0.002, 80.0),
     "vp": (float(vp_sigma(torch.tensor(1e-5, dtype=torch.float64))), float(vp_sigma(torch.tensor(1.0).double()))),
     "ve": (0.02, 100.0),
-    "iddpm": (float(iddpm_sigmas()[-2]), float(iddpm_sigmas()[0])),
+    "iddpm": (float(IDDPM_SIGMAS[-2]), float(IDDPM_SIGMAS[0])),
 }
 
 
@@ -184,6 +186,14 @@ class NoiseEmbedding(nn.Module):
         self.channels, self.fourier, self.endpoint = channels, fourier, endpoint
         if fourier:
             self.register_buffer("freqs", torch.randn(channels // 2) * 16)
+
+    def _apply(self, fn, recurse=True):
+        """Of casts to fewer digits the phases, hundreds of radians, would keep nothing: only the device is followed."""
+        kept = self.freqs if self.fourier else None
+        super()._apply(fn, recurse)
+        if kept is not None and self.freqs.dtype.itemsize < kept.dtype.itemsize:
+            self.freqs = kept.to(self.freqs.device)
+        return self
 
     def frequencies(self, device=None) -> Tensor:
         if self.fourier:
@@ -320,8 +330,6 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             self.dec[f"{sample_size}x{sample_size}_aux_conv"] = conv
         else:
             self.out_norm, self.out_conv = norm, conv
-        if preconditioning == "iddpm":
-            self.register_buffer("noise_levels", iddpm_sigmas(), persistent=False)
 
     @property
     def mid_block(self) -> nn.Module:
@@ -424,7 +432,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         elif kind == "ve":
             c_in, c_noise, sign = norm, torch.log(sigma / 2), -1
         else:
-            nearest = (self.noise_levels.to(sigma) - sigma[:, None]).abs().argmin(1)
+            nearest = (IDDPM_SIGMAS.to(sigma) - sigma[:, None]).abs().argmin(1)
             c_in, c_noise, sign = norm / (sigma**2 + 1).sqrt(), (TRAIN_TIMESTEPS - 1 - nearest).to(sigma), 1
         c_in, sigma, norm = (_per_sample(factor, sample) for factor in (c_in, sigma, norm))
         noise = sign * self.raw(c_in * sample, c_noise, class_labels)[:, : self.config.in_channels]
@@ -489,8 +497,13 @@ class EDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: for labels that the network does not have or are missing, and latents of another shape.
         """
-        given = [len(batch) for batch in (class_labels, latents) if isinstance(batch, (list, tuple, Tensor))]
-        batch_size = batch_size or max(given, default=1)
+        batch_size = _batch_size(batch_size, class_labels, latents, generator)
+        config = self.scheduler.config
+        if config.get("sigma_data") is None and config.get("noise_path") != "edm":
+            raise ValueError(
+                f"{type(self.scheduler).__name__} does not know EDM's preconditioning, which this network has; use EDMEulerScheduler, "
+                "EDMDPMSolverMultistepScheduler, or LD3Scheduler on the config of one of these"
+            )
         labels = self._labels(class_labels, batch_size)
         device, config = self._execution_device, self.unet.config
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
@@ -504,11 +517,13 @@ class EDMPipeline(DiffusionPipeline):
             latents = latents.to(device, self.unet.dtype)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # stochastic schedulers draw noise from it
+        drawn = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         latents = latents * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(latents, t)
             output = self.unet(scaled, t * self.config.timestep_scale, class_labels=labels).sample
-            latents = self.scheduler.step(output, t, latents).prev_sample
+            latents = self.scheduler.step(output, t, latents, **drawn).prev_sample
 
         images = latents
         if output_type != "latent":
@@ -526,9 +541,36 @@ class EDMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"the network of this pipeline is class-conditional; give class_labels, 0 to {classes - 1}"
             )
-        labels = torch.as_tensor(class_labels).reshape(-1)
-        if labels.is_floating_point() or not bool(((labels >= 0) & (labels < classes)).all()):
+        labels = _integers(class_labels)
+        if not bool(((labels >= 0) & (labels < classes)).all()):
             raise ValueError(f"class_labels must be integers from 0 to {classes - 1}, got {labels.tolist()}")
         if len(labels) not in (1, batch_size):
             raise ValueError(f"{len(labels)} class_labels are given for {batch_size} images; give one, or one each")
         return labels.expand(batch_size).to(self._execution_device)
+
+
+def _batch_size(batch_size: int | None, class_labels, latents: Tensor | None, generator) -> int:
+    """How many samples a call makes: as many as it says, else as it has of anything.
+
+    Raises:
+        ValueError: for no sample, and generators of another number.
+    """
+    several = (batch for batch in (class_labels, latents, generator) if hasattr(batch, "__len__"))
+    given = [len(batch) for batch in several if getattr(batch, "ndim", 1)]
+    batch_size = max(given, default=1) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(generator, list) and len(generator) not in (1, batch_size):
+        raise ValueError(f"{len(generator)} generators are given for {batch_size} images; give one, or one each")
+    return batch_size
+
+
+def _integers(class_labels) -> Tensor:
+    """(n,) of one label or several."""
+    try:
+        labels = torch.as_tensor(class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        labels = torch.empty(0)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"class_labels must be integers, got {class_labels!r:.60}")
+    return labels

@@ -12,6 +12,8 @@ $$ \epsilon = \epsilon_\emptyset + w (\epsilon_y - \epsilon_\emptyset). $$
 This file stands alone: it also works as a Diffusers custom pipeline.
 """
 
+import inspect
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -90,8 +92,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             ValueError: for labels that the network does not have or are missing, guidance without classes, and latents
             of another shape.
         """
-        given = [len(batch) for batch in (class_labels, latents) if isinstance(batch, (list, tuple, Tensor))]
-        batch_size = batch_size or max(given, default=1)
+        batch_size = _batch_size(batch_size, class_labels, latents, generator)
         guided = guidance_scale != 1
         conditioning = self._conditioning(class_labels, batch_size, guided, guidance_scale)
         device, config = self._execution_device, self.unet.config
@@ -106,6 +107,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             latents = latents.to(device, self.unet.dtype)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # stochastic schedulers draw noise from it
+        drawn = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         latents = latents * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
             doubled = torch.cat([latents, latents]) if guided else latents
@@ -113,7 +116,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             if guided:
                 without, with_class = output.chunk(2)
                 output = without + guidance_scale * (with_class - without)
-            latents = self.scheduler.step(output, t, latents).prev_sample
+            latents = self.scheduler.step(output, t, latents, **drawn).prev_sample
 
         images = latents
         if output_type != "latent":
@@ -132,8 +135,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         null = self.class_embedder.null_class
         if class_labels is None:
             raise ValueError(f"the network of this pipeline is class-conditional; give class_labels, 0 to {null - 1}")
-        labels = torch.as_tensor(class_labels).reshape(-1)
-        if labels.is_floating_point() or not bool(((labels >= 0) & (labels < null)).all()):
+        labels = _integers(class_labels)
+        if not bool(((labels >= 0) & (labels < null)).all()):
             raise ValueError(f"class_labels must be integers from 0 to {null - 1}, got {labels.tolist()}")
         if len(labels) not in (1, batch_size):
             raise ValueError(f"{len(labels)} class_labels are given for {batch_size} images; give one, or one each")
@@ -141,3 +144,30 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if guided:
             labels = torch.cat([torch.full_like(labels, null), labels])
         return {"encoder_hidden_states": self.class_embedder(labels.to(self._execution_device))}
+
+
+def _batch_size(batch_size: int | None, class_labels, latents: Tensor | None, generator) -> int:
+    """How many samples a call makes: as many as it says, else as it has of anything.
+
+    Raises:
+        ValueError: for no sample, and generators of another number.
+    """
+    several = (batch for batch in (class_labels, latents, generator) if hasattr(batch, "__len__"))
+    given = [len(batch) for batch in several if getattr(batch, "ndim", 1)]
+    batch_size = max(given, default=1) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(generator, list) and len(generator) not in (1, batch_size):
+        raise ValueError(f"{len(generator)} generators are given for {batch_size} images; give one, or one each")
+    return batch_size
+
+
+def _integers(class_labels) -> Tensor:
+    """(n,) of one label or several."""
+    try:
+        labels = torch.as_tensor(class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        labels = torch.empty(0)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"class_labels must be integers, got {class_labels!r:.60}")
+    return labels

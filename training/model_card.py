@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ld3_diffusers import Schedule
 from ld3_diffusers.hub import NFE_TAG, SCHEDULE_TAG
+from pipelines.repository import FAMILIES
 
 from .call_settings import CALL_SETTINGS
 from .certificate import contenders, how_made, sampler_name
@@ -138,7 +139,8 @@ def usage_code(certificate: dict[str, Any], name: str, repo_id: str, subfolder: 
     scheduler = "AMEDScheduler" if predicted else "LD3Scheduler"
     lines = ["import torch"] if dtype else []
     lines += [f"from diffusers import {pipeline}", f"from ld3_diffusers import {scheduler}", ""]
-    lines += [f"pipe = {pipeline}.from_pretrained({name!r}{dtype})"]
+    trust = ", trust_remote_code=True" if certificate["pipeline"] in FAMILIES else ""
+    lines += [f"pipe = {pipeline}.from_pretrained({name!r}{dtype}{trust})"]
     lines += [f"pipe.scheduler = {scheduler}.from_pretrained({repo_id!r}{where})"]
     lines += ["pipe.scheduler.attach(pipe)"] if predicted else []
     lines += [f"image = pipe({', '.join(arguments)}).images[0]"]

@@ -18,6 +18,7 @@ from .denoisers import companions, denoisers
 
 
 SAMPLED_ELEMENTS = 1024  # of each weight that the digest reads
+GUIDES = ("classifier", "class_embedder")  # of the pipelines that Diffusers lacks
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -105,12 +106,14 @@ def check_teacher_name(name_or_path: str) -> None:
 
 @torch.no_grad()
 def teacher_digest(pipe) -> str:
-    """Hexadecimal digest of a pipeline's denoisers (and ControlNet): names, shapes, dtypes and evenly spaced weights.
+    """Hexadecimal digest of a pipeline's denoisers and what guides them: names, shapes, dtypes and evenly spaced weights.
 
     Any training or adapter changes it. It identifies a teacher; it does not protect against one made to collide.
     """
     digest = hashlib.sha256()
-    for component, module in sorted({**denoisers(pipe), **companions(pipe)}.items()):
+    guides = {name: getattr(pipe, name, None) for name in GUIDES}
+    guides = {name: module for name, module in guides.items() if isinstance(module, torch.nn.Module)}
+    for component, module in sorted({**denoisers(pipe), **companions(pipe), **guides}.items()):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{component}.{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
             flat = tensor.detach().reshape(-1)

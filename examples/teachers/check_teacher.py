@@ -67,6 +67,8 @@ def prompts_by_class(folder, split, classes, images_per_class):
     """Prompts, or without `prompts.json` the labels themselves, and the class of each."""
     labels = [label for label in range(len(classes)) for _ in range(images_per_class)]
     if not (folder / "prompts.json").is_file():
+        if split is not None:
+            raise ValueError(f"'{folder}' has no prompts.json: leave out --split, which chooses among prompts.")
         return labels, labels
     wordings = json.loads((folder / "prompts.json").read_text())
     prompts = []
@@ -154,7 +156,7 @@ def main():
         "num_inference_steps": args.num_inference_steps,
         "scheduler": args.scheduler,
         "seed": args.seed,
-        "wordings": args.split or "all",
+        **({"wordings": args.split or "all"} if (folder / "prompts.json").is_file() else {}),
         "images": len(labels),
         "accuracy": accuracy,
         "accuracy_per_class": per_class,

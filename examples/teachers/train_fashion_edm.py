@@ -3,8 +3,8 @@
 
     PYTHONPATH=. python examples/teachers/train_fashion_edm.py --output_dir work/fashion-edm
 
-The network is DDPM++ with EDM's preconditioning and loss (Karras et al., arXiv:2206.00364), as for CIFAR-10 but for its width. The
-result is an ordinary `EDMPipeline` folder, written to `--pipeline_dir`.
+The network is DDPM++ with EDM's preconditioning and loss (Karras et al., arXiv:2206.00364), narrower and shallower than for CIFAR-10, and
+without augmentation or dropout. The result is a folder that `EDMPipeline.from_pretrained` loads, written to `--pipeline_dir`.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def train(images, labels, args):
     average, since = None, time.time()
     progress = tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, mininterval=10)
     for step in progress:
-        warm = min(1.0, (step + 1) / args.lr_warmup_steps)
+        warm = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / args.max_train_steps))
         index = torch.randint(len(images), (args.train_batch_size,), generator=generator)

@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from ld3_diffusers import LD3Scheduler
-from ld3_diffusers.noise_path import VPDiscrete, VPLinear
+from ld3_diffusers.noise_path import VPLinear
 from pipelines.adm import ADMClassifier, ADMPipeline, ADMUNet2DModel, log_alpha_bar
 from pipelines.conversion.adm import adm_classifier, adm_unet, consistency_unet
 from pipelines.edm import EDMPipeline
@@ -35,20 +35,50 @@ def seeded():
 # ---------------------------------------------------------------------- noise schedule
 
 
-def test_noise_schedule_is_that_of_the_noise_paths():
-    steps = torch.tensor([0.0, 1.0, 500.0, 999.0], dtype=torch.float64)
-    assert torch.allclose(log_alpha_bar(steps).exp(), ALPHAS_CUMPROD[steps.long()], rtol=1e-12)
-    timesteps = torch.tensor([[-1.0, -0.5, 0.3], [17.25, 998.999, 999.0]], dtype=torch.float64)
-    discrete, linear = VPDiscrete(0.5 * ALPHAS_CUMPROD.log()), VPLinear()
-    assert torch.allclose(log_alpha_bar(timesteps), 2 * discrete.log_alpha(discrete.time(timesteps)), rtol=1e-10)
-    times = linear.time(timesteps)
-    assert torch.allclose(log_alpha_bar(timesteps, "vp_linear"), 2 * linear.log_alpha(times), rtol=1e-12)
+@pytest.mark.parametrize(
+    "betas",
+    [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.01, 0.02, 0.4], "num_train_timesteps": 3}],
+)
+def test_noise_schedule_is_that_of_the_schedulers_noise_path(betas):
+    scheduler = LD3Scheduler(**betas)
+    last = scheduler.config.num_train_timesteps - 1
+    timesteps = torch.tensor([[-1.0, -0.5, 0.3], [0.6 * last, last - 0.001, last]], dtype=torch.float64)
+    for config in (scheduler.config, DDIMScheduler(**betas).config):
+        expected = 2 * scheduler.path.log_alpha(scheduler.path.time(timesteps))
+        assert torch.allclose(log_alpha_bar(timesteps, config), expected, rtol=1e-10, atol=1e-15)
+
+
+def test_the_continuous_noise_schedule_is_that_of_the_noise_path():
+    path, timesteps = VPLinear(), torch.tensor([0.0, 17.25, 999.0], dtype=torch.float64)
+    expected = 2 * path.log_alpha(path.time(timesteps))
+    assert torch.allclose(log_alpha_bar(timesteps, {"noise_path": "vp_linear"}), expected, rtol=1e-12)
+    assert torch.allclose(log_alpha_bar(timesteps, DDIMScheduler().config, "vp_linear"), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="no noise path 've'"):
+        log_alpha_bar(timesteps, {"noise_path": "ve"})
+
+
+def test_the_noise_schedule_is_differentiable():
     # d log alphabar / d timestep within a step is the step's log(1 - beta)
     inner = torch.tensor([-0.5, 41.5], dtype=torch.float64, requires_grad=True)
-    slopes = torch.autograd.grad(log_alpha_bar(inner).sum(), inner)[0]
-    assert torch.allclose(slopes, (1 - BETAS[[0, 42]]).log(), rtol=1e-9)
-    with pytest.raises(ValueError, match="no noise path 've'"):
-        log_alpha_bar(steps, "ve")
+    slopes = torch.autograd.grad(log_alpha_bar(inner, DDIMScheduler().config).sum(), inner)[0]
+    assert torch.allclose(slopes, (1 - BETAS[[0, 42]]).log(), rtol=2e-3)  # the table is Diffusers', in float32
+
+
+@torch.no_grad()
+def test_schedulers_of_edms_preconditioning_are_refused():
+    pipe, call = adm()
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(ValueError, match="EDMEulerScheduler is for EDM's preconditioning"):
+        pipe(**call)
+
+
+@torch.no_grad()
+def test_guidance_works_in_inference_mode():
+    pipe, _ = adm()
+    given = torch.randn(1, 3, 16, 16), torch.tensor(300.5), torch.tensor([7])
+    with torch.inference_mode():
+        found = pipe.predict_noise(*given, 20.0)
+    assert torch.equal(found, pipe.predict_noise(*given, 20.0))
 
 
 # ---------------------------------------------------------------------- guidance

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from ld3_diffusers import AMEDScheduler, LD3Scheduler, SolverSpec
 from ld3_diffusers.amed import amed_schedule
+from ld3_diffusers.attachment import bottleneck_of
 from ld3_diffusers.discretization import discretization
 from pipelines.edm import (
     PRECONDITIONINGS,
@@ -122,6 +123,21 @@ def test_half_precision_keeps_the_frequencies(tmp_path):
     half = EDMUNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert half.dec["16x16_aux_conv"].weight.dtype == torch.float16
     assert torch.equal(half.map_noise.freqs, unet.map_noise.freqs)
+    frequencies = unet.map_noise.freqs.clone()
+    assert torch.equal(unet.to(torch.bfloat16).map_noise.freqs, frequencies)
+    assert unet.double().map_noise.freqs.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "name,wrapper,sigma", [("edm_ncsnpp_uncond", "VEPrecond", 0.05), ("edm_adm_iddpm", "iDDPMPrecond", 1.0)]
+)
+@torch.no_grad()
+def test_a_network_cast_to_half_precision_says_about_the_same(name, wrapper, sigma):
+    data = golden(name)
+    unet, x = network_of(data, wrapper), data["raw/x"]
+    whole = unet(x, 0.25 * math.log(sigma)).sample
+    half = unet.to(torch.bfloat16)(x.bfloat16(), torch.tensor(0.25 * math.log(sigma))).sample
+    assert relative(half.float(), whole) < 0.03
 
 
 # ---------------------------------------------------------------------- preconditioning
@@ -284,14 +300,41 @@ def test_a_generator_draws_the_noise_and_images_are_pictures():
         ({}, "give class_labels, 0 to 2"),
         ({"class_labels": 3}, "from 0 to 2"),
         ({"class_labels": [-1, 0]}, "from 0 to 2"),
-        ({"class_labels": [0.5]}, "from 0 to 2"),
+        ({"class_labels": [0.5]}, "must be integers"),
         ({"class_labels": [0, 1], "batch_size": 3}, "2 class_labels are given for 3 images"),
+        ({"class_labels": "three"}, "must be integers, got 'three'"),
+        ({"class_labels": [True, False]}, "must be integers"),
+        ({"class_labels": 1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"class_labels": 1, "batch_size": 3, "generator": [torch.Generator()] * 2}, "2 generators are given for 3"),
         ({"class_labels": 1, "latents": torch.zeros(1, 3, 8, 8)}, r"samples \(1, 2, 8, 8\)"),
     ],
 )
 def test_bad_calls_are_refused_in_words(call, said):
     with pytest.raises(ValueError, match=said):
         EDMPipeline(small(), EDMEulerScheduler())(**call)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor(2), np.array([0, 2]), range(3), (0, 1, 2)])
+def test_labels_come_in_any_sequence(labels):
+    pipe = EDMPipeline(small(), EDMEulerScheduler())
+    images = pipe(class_labels=labels, num_inference_steps=2, output_type="latent").images
+    assert len(images) == torch.as_tensor(labels).numel()
+
+
+def test_stochastic_schedulers_draw_from_the_generator():
+    pipe = EDMPipeline(small().float(), EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"))
+    call = {"class_labels": [0, 1], "num_inference_steps": 3, "output_type": "latent"}
+    first, again, other = (
+        pipe(**call, generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
+        for seeds in ((0, 1), (0, 1), (0, 2))
+    )
+    assert torch.equal(first, again) and not torch.equal(first[1], other[1])
+
+
+def test_schedulers_without_the_preconditioning_are_refused():
+    with pytest.raises(ValueError, match="DDIMScheduler does not know EDM's preconditioning"):
+        EDMPipeline(small(), DDIMScheduler())(class_labels=0)
+    EDMPipeline(small(), LD3Scheduler(noise_path="edm"))(class_labels=0, num_inference_steps=2)
 
 
 def test_an_unconditional_network_takes_no_labels():
@@ -326,6 +369,7 @@ def test_stages_for_each_sample_attach_to_the_bottleneck():
     pipe.scheduler.set_predictor(4, random_predictor(solver="amed"))
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.attach(pipe)
+    assert bottleneck_of(pipe) == (pipe.unet, pipe.unet.enc["4x4_block0"])  # the encoder's last, not its first block
     given = {"num_inference_steps": 4, "output_type": "latent"}
     together = pipe(class_labels=[0, 2], latents=noise(2).float(), **given).images
     alone = pipe(class_labels=2, latents=noise(2)[1:].float(), **given).images

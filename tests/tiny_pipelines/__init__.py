@@ -9,6 +9,7 @@ from .adm import adm
 from .components import Builder
 from .edm import edm
 from .flow import flux, flux_img2img, pixart, qwen_image, sana, sd3, z_image
+from .latent import latent_diffusion
 from .pixel import ddpm, dit, ldm_unconditional
 from .sd import (
     animatediff,
@@ -53,5 +54,6 @@ PIPELINES: dict[str, Builder] = {
         ddpm,
         edm,
         adm,
+        latent_diffusion,
     )
 }

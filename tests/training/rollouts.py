@@ -23,7 +23,7 @@ def schedule_for(rollout: PipelineRollout, nfe: int = 3, solver: str = "dpmpp", 
         times,
         network_times,
         SolverSpec(solver),
-        config.noise_path,
+        rollout.path.kind,
         config.prediction_type,
         final=bool(config.shift_terminal),
     )

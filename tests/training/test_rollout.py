@@ -30,6 +30,9 @@ from training.gradient_check import check_gradients
         "qwen_image",
         "z_image",
         "animatediff",
+        "edm",
+        "adm",
+        "latent_diffusion",
     ],
 )
 def test_same_end_state_as_the_pipeline_itself(name):
@@ -44,7 +47,7 @@ def test_same_end_state_as_the_pipeline_itself(name):
     pipe, call = PIPELINES[name]()
     pipe.scheduler = LD3Scheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.use_schedule(schedule)
-    call = {**call, "num_inference_steps": 3, "latents": noise, "return_dict": False}
+    call = {**call, "num_inference_steps": 3, "latents": noise, "output_type": "latent", "return_dict": False}
     teacher = pipe(**call)[0]
     assert close(student, teacher)
     assert close(differentiable, teacher, 1e-4)
@@ -128,7 +131,7 @@ def test_decoding_is_differentiable_and_says_when_it_cannot():
 # ---------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("name", ["sd", "flux", "edm"])
 def test_gradients_agree_with_finite_differences(name):
     rollout, _ = make(name)
     rollout.pipe.to(torch.float64)
