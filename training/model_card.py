@@ -129,8 +129,9 @@ def usage_code(certificate: dict[str, Any], name: str, repo_id: str, subfolder: 
     run = next(iter(certificate["runs"].values()))
     arguments = []
     if run["prompts"]:
-        given = repr(run["prompts"][0])
-        arguments.append(given if run["disjoint"] == ["seeds", "prompts"] else f"class_labels=[{given}]")
+        first = run["prompts"][0]
+        label = first if first.isdecimal() else repr(first)
+        arguments.append(repr(first) if run["disjoint"] == ["seeds", "prompts"] else f"class_labels=[{label}]")
     arguments += [f"num_inference_steps={min(map(int, certificate['counts']))}"]
     arguments += [f"{key}={value!r}" for key, value in call.items()]
     dtype = "" if certificate["dtype"] == "float32" else f", torch_dtype=torch.{certificate['dtype']}"
