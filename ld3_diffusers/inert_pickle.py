@@ -16,6 +16,7 @@ on loading. That text stays text.
 import io
 import math
 import pickletools
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,19 @@ class Name(NamedTuple):
 
     text: str
     meaning: Any
+
+
+class _Quoting(reprlib.Repr):
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 2, 100, 40, 40
+
+    def repr_instance(self, value, _level) -> str:
+        return repr(value) if value is None or type(value) in (bool, float) else f"a {type(value).__name__}"
+
+
+quoted: Callable[[Any], str] = _Quoting().repr
+"""A value of a file for a message, short and in little time: `repr` takes forever for lists of the same lists."""
 
 
 @dataclass(eq=False)
@@ -184,7 +198,7 @@ def _texts(values: list) -> list[str]:
 
 def _name(text: str, names: Names) -> Name:
     if text not in names:
-        raise Refused(f"names {text!r:.100}, which is refused")
+        raise Refused(f"names {quoted(text)}, which is refused")
     return Name(text, names[text])
 
 

@@ -13,7 +13,6 @@ what it was made from. The folder is a `--teacher` of the programs here, and loa
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +23,12 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EDMDPMSolverMultistepSch
 
 from .adm import ADMPipeline
 from .conversion.adm import adm_classifier, adm_unet, consistency_unet
-from .conversion.download import PUBLIC, download
+from .conversion.download import PUBLIC, address, download, file_name
 from .conversion.edm import edm_pipeline
-from .conversion.files import identify, read_state_dict
+from .conversion.files import UNBUILDABLE, Unfit, identify, read_state_dict
 from .conversion.ldm import ldm_pipeline
 from .edm import PRECONDITIONINGS, SIGMA_DATA, EDMPipeline
-from .repository import check_new, save_repository
+from .repository import new_folder, save_repository
 
 
 CONSISTENCY_TIMESTEP_SCALE = 1000.0
@@ -47,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
     consistency = families.add_parser("consistency", help="openai/consistency_models: the .pt of an EDM teacher")
     ldm = families.add_parser("ldm", help="CompVis/latent-diffusion: a .ckpt, unconditional or of classes")
     for family in (edm, adm, consistency, ldm):
-        family.add_argument("checkpoint", help="file; with --download, where it is put")
+        family.add_argument(
+            "checkpoint", nargs="?", help="file; with --download, where it is put (default: the name that is fetched)"
+        )
         family.add_argument(
             "--output_dir", required=True, help="a new or empty folder, which appears when it is complete"
         )
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
             nargs="?",
             const="",
             metavar="NAME_OR_URL",
-            help=f"fetch the checkpoint if it is not there; default: by its name. Public names: {', '.join(PUBLIC)}",
+            help=f"fetch the checkpoint if it is not there; default: by the file's name. Public names: {', '.join(PUBLIC)}",
         )
         family.add_argument("--size", type=int, help="bytes that the checkpoint must have")
         family.add_argument("--sha256", help="hash that the checkpoint must have, hexadecimal")
@@ -93,13 +94,28 @@ def make_edm(args: argparse.Namespace) -> DiffusionPipeline:
     return edm_pipeline(args.checkpoint)
 
 
+def network_of(file: str, make: Callable, **options):
+    """What `make` makes of the tensors in a file.
+
+    Raises:
+        ValueError: if the file is refused, or makes no such network.
+    """
+    state_dict = read_state_dict(file)
+    try:
+        return make(state_dict, **options)
+    except Unfit:
+        raise
+    except UNBUILDABLE as error:
+        raise ValueError(f"{file!r} makes no such network: {error!s:.1000}") from error
+
+
 def make_adm(args: argparse.Namespace) -> DiffusionPipeline:
     heads = {"image_size": args.image_size, "num_head_channels": args.num_head_channels}
     order = {"use_new_attention_order": args.use_new_attention_order}
-    unet = adm_unet(read_state_dict(args.checkpoint), num_heads=args.num_heads, **heads, **order)
+    unet = network_of(args.checkpoint, adm_unet, num_heads=args.num_heads, **heads, **order)
     classifier = None
     if args.classifier is not None:
-        classifier = adm_classifier(read_state_dict(args.classifier), **heads)
+        classifier = network_of(args.classifier, adm_classifier, **heads)
     # clip_sample: the reference clamps its denoised images, and classifier guidance relies on it
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True)
     if args.noise_path == "vp_linear":
@@ -109,8 +125,8 @@ def make_adm(args: argparse.Namespace) -> DiffusionPipeline:
 
 
 def make_consistency(args: argparse.Namespace) -> DiffusionPipeline:
-    state = read_state_dict(args.checkpoint)
-    unet = consistency_unet(state, image_size=args.image_size, num_head_channels=args.num_head_channels)
+    heads = {"image_size": args.image_size, "num_head_channels": args.num_head_channels}
+    unet = network_of(args.checkpoint, consistency_unet, **heads)
     sigma_min, sigma_max = PRECONDITIONINGS["edm"]
     scheduler = EDMDPMSolverMultistepScheduler(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=SIGMA_DATA)
     return EDMPipeline(unet, scheduler, timestep_scale=CONSISTENCY_TIMESTEP_SCALE)
@@ -155,19 +171,19 @@ def convert(args: argparse.Namespace) -> None:
         ValueError: if the checkpoint is refused, or the folder holds something; nothing is left behind but what was
         fetched.
     """
+    args = named(args)
     check(args)
     project, make = FAMILIES[args.family]
     files = [args.checkpoint] + ([args.classifier] if getattr(args, "classifier", None) else [])
-    if args.download is not None:
-        wanted = args.download or Path(args.checkpoint).name
-        download(wanted, args.checkpoint, size=args.size, sha256=args.sha256)
-        for other in files[1:]:
-            download(Path(other).name, other)
+    origins = addresses(args, files)
+    for file in files if args.download is not None else ():
+        known = {"size": args.size, "sha256": args.sha256} if file == args.checkpoint else {}
+        download(origins.get(file, ""), file, **known)
     sources = [identify(file) for file in files]
     _check_identity(args, sources[0])
     for source in sources:
         print(f"{source.name}: {source.size} bytes, SHA-256 {source.sha256}", file=sys.stderr)
-    pipe = make(args)
+    pipe = made(make, args, origins)
     cast(pipe, DTYPES[args.dtype])
     facts = {
         "project": project,
@@ -180,22 +196,67 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.output_dir}: {type(pipe).__name__}, {sum(map(parameters, pipe.components.values()))} parameters")
 
 
+def named(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with a checkpoint: `--download NAME` before it, or without it, names the file, too.
+
+    Raises:
+        ValueError: if neither names one.
+    """
+    if args.checkpoint is not None:
+        return args
+    if not args.download:
+        raise ValueError("name a checkpoint, or fetch one with --download NAME_OR_URL")
+    name = file_name(args.download)
+    return argparse.Namespace(
+        **{**vars(args), "checkpoint": name, "download": "" if name == args.download else args.download}
+    )
+
+
+def addresses(args: argparse.Namespace, files: list[str]) -> dict[str, str]:
+    """Where each file is fetched from, or was; those that are there already need not have an address.
+
+    Raises:
+        ValueError: if one is to be fetched, but has no known address.
+    """
+    found = {}
+    for file in files if args.download is not None else ():
+        name = args.download if file == args.checkpoint and args.download else Path(file).name
+        try:
+            found[file] = address(name)
+        except ValueError:
+            if not Path(file).exists():
+                raise
+    return found
+
+
+def made(make: Callable, args: argparse.Namespace, origins: dict[str, str]) -> DiffusionPipeline:
+    """The pipeline; who refuses a file that was fetched is told from where, for it may be a wrong answer.
+
+    Raises:
+        ValueError: if a file is refused, or an option does not go with it.
+    """
+    try:
+        return make(args)
+    except Unfit:
+        raise
+    except ValueError as error:
+        refused = next((file for file in origins if repr(file) in str(error)), None)
+        if refused is None:
+            raise
+        raise ValueError(f"{error}; it was fetched from {origins[refused]}: delete it to fetch again") from error
+
+
 def check(args: argparse.Namespace) -> None:
     """What can be refused before anything is read.
 
     Raises:
         ValueError: for an impossible argument.
     """
-    check_new(args.output_dir)
+    new_folder(args.output_dir)
     for name in ("image_size", "num_heads", "num_head_channels", "size"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    existing = Path(args.output_dir).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"cannot write to {args.output_dir!r}; choose another --output_dir")
 
 
 def _check_identity(args: argparse.Namespace, source) -> None:

@@ -12,10 +12,10 @@ import inspect
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import diffusers
+import safetensors
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -32,6 +32,7 @@ NETWORKS = {
     "ADMClassifier": "adm",
     "LDMClassEmbedder": "ldm",
 }
+GUIDES = {"ADMClassifier": "classifier", "LDMClassEmbedder": "class_embedder"}  # of which component they are the class
 LEARNED_SCHEDULERS = ("LD3Scheduler", "AMEDScheduler")  # of ld3_diffusers
 INDEX = DiffusionPipeline.config_name
 CONFIG_FILES = ["*.json", "*/*.json"]
@@ -46,30 +47,49 @@ def save_repository(
         records: contents of further JSON files, by name.
 
     Raises:
-        ValueError: for another pipeline, or a folder that holds something.
+        ValueError: for another pipeline, or a folder that holds something or cannot be made.
+        OSError: if it cannot be written; nothing is left of it.
     """
     if type(pipe).__name__ not in FAMILIES:
         raise ValueError(
             f"a {type(pipe).__name__} is none of {', '.join(FAMILIES)}; save it with pipe.save_pretrained"
         )
-    target = Path(folder).absolute()
-    check_new(folder)
+    target = new_folder(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as partial:
-        complete = Path(partial, target.name)
-        _write(pipe, complete)
+    # Always the same name: what a run that was killed left behind, with all the weights, is removed by the next.
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        _write(pipe, partial)
         for name, content in (records or {}).items():
-            (complete / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if target.exists():
             target.rmdir()
-        os.replace(complete, target)
+        os.replace(partial, target)
+    except safetensors.SafetensorError as error:  # of a full disk, too
+        raise OSError(f"cannot write {str(folder)!r}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_new(folder: str | os.PathLike) -> None:
-    """Raises a `ValueError` unless there is nothing at `folder`, or an empty folder."""
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+def new_folder(folder: str | os.PathLike) -> Path:
+    """Where a folder of this name would be made: links and `..` resolved.
+
+    Raises:
+        ValueError: if there is something else than an empty folder, or none can be put there.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{str(folder)!r} is not an empty folder; give a new one")
+    if os.path.ismount(target):
+        raise ValueError(f"{str(folder)!r} is a mount point, which cannot be replaced; give a new folder in it")
+    existing = target.parent
+    while not existing.exists():
+        existing = existing.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"cannot write into {str(existing)!r}, where {str(folder)!r} would be; give another folder")
+    return target
 
 
 def _write(pipe: DiffusionPipeline, folder: Path) -> None:
@@ -120,6 +140,9 @@ def load_family(
         folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=CONFIG_FILES + weights))
     if variant and not any(_has_variant(folder / name, variant) for name in wanted):
         raise ValueError(f"no part of {name_or_path!r} has the variant {variant!r}; drop it")
+    for name in wanted:
+        if not (folder / name).is_dir():  # Diffusers would take its path for the name of a repository
+            raise ValueError(f"{str(name_or_path)!r} has no folder {name!r}; is it complete?")
     parts = {name: _load(part, folder, name, variant, torch_dtype) for name, part in wanted.items()}
     pipe = family(**parts, **_options(family, index))
     pipe.register_to_config(_name_or_path=str(name_or_path))
@@ -140,7 +163,7 @@ def _parts(family: type, index: dict) -> dict[str, type]:
             if name in family._optional_components:
                 continue
             raise ValueError(f"{INDEX} names no {name}, which a {family.__name__} has; is the folder complete?")
-        if entry == [None, None]:
+        if entry == [None, None] and name in family._optional_components:
             continue
         parts[name] = _class(name, *entry)
     return parts
@@ -150,11 +173,13 @@ def _class(part: str, library, name) -> type:
     if not isinstance(library, str) or not isinstance(name, str):
         raise ValueError(f"{INDEX} names no class of the {part}")
     if name in NETWORKS:
-        return getattr(importlib.import_module(f"pipelines.{NETWORKS[name]}"), name)
-    if name in LEARNED_SCHEDULERS:
-        return getattr(importlib.import_module("ld3_diffusers"), name)
-    found = getattr(diffusers, name, None) if library == "diffusers" else None
-    if not (isinstance(found, type) and issubclass(found, (ModelMixin, SchedulerMixin))):
+        found = getattr(importlib.import_module(f"pipelines.{NETWORKS[name]}"), name)
+    elif name in LEARNED_SCHEDULERS:
+        found = getattr(importlib.import_module("ld3_diffusers"), name)
+    else:
+        found = getattr(diffusers, name, None) if library == "diffusers" else None
+    wanted = SchedulerMixin if part == "scheduler" else ModelMixin
+    if not (isinstance(found, type) and issubclass(found, wanted)) or (name in GUIDES) != (part in GUIDES.values()):
         raise ValueError(
             f"the {part} is a {name!r:.60} of {library!r:.60}, which is not known here; nothing of it was executed"
         )
@@ -175,4 +200,10 @@ def _has_variant(folder: Path, variant: str) -> bool:
 def _options(family: type, index: dict) -> dict:
     """What a pipeline is made with beside components: numbers and words."""
     _, optional = family._get_signature_keys(family)
-    return {name: index[name] for name in optional if name in index and name not in family._optional_components}
+    given = {name: index[name] for name in optional if name in index and name not in family._optional_components}
+    parameters = inspect.signature(family.__init__).parameters
+    for name, value in given.items():
+        number = isinstance(parameters[name].default, float)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if number else (str, type(None))):
+            raise ValueError(f"{INDEX} has {value!r:.60} for {name}, which is {'a number' if number else 'a word'}")
+    return given

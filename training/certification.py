@@ -57,6 +57,7 @@ def pair_arguments(
         "solver": facts["teacher_solver"],
         "solver_order": facts["teacher_solver_order"],
         "discretization": facts["teacher_discretization"],
+        "final_sigmas_type": facts["teacher_final_sigmas_type"],
         "seed": seeds[0],
         "num_samples": seeds[1] - seeds[0] + 1,
         "train_batch_size": batch_size,

@@ -21,13 +21,14 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 import ld3_diffusers
-from ld3_diffusers import LD3Scheduler
+from ld3_diffusers import LD3Scheduler, SolverSpec
 from ld3_diffusers.discretization import DISCRETIZATIONS
-from ld3_diffusers.solvers import SOLVERS
+from ld3_diffusers.solvers import SOLVERS, VARIANTS
 
 from .arguments import check_writable, parse, usage_errors
 from .call_settings import CALL_SETTINGS, add_call_arguments, call_settings, check_call_arguments
 from .conditioning import ConditioningStore
+from .initial import FINAL_SIGMAS_TYPES
 from .processes import COLLECTIVE_TIMEOUT, is_sharded, lost_process_message, on_main, shard, turns
 from .prompts import add_prompt_arguments, prompts_of
 from .rollout import PipelineRollout
@@ -58,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--solver", choices=sorted(SOLVERS), default="unipc", help="of the teacher (default: %(default)s)")
     p.add_argument("--solver_order", type=int, help="default: the solver's own")
+    kinds = sorted({kind for kinds in VARIANTS.values() for kind in kinds})
+    p.add_argument("--solver_type", choices=kinds, help="default: the pipeline's, or the solver's own")
+    p.add_argument(
+        "--final_sigmas_type",
+        choices=FINAL_SIGMAS_TYPES,
+        help="end in clean data or at t_min (published); default: the pipeline's",
+    )
     p.add_argument(
         "--discretization",
         choices=sorted(DISCRETIZATIONS),
@@ -91,6 +99,8 @@ def check(args: argparse.Namespace) -> list[str] | None:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if args.seed < 0:
         raise ValueError(f"--seed must not be negative, got {args.seed}")
+    if args.solver_type is not None:  # a scheduler would take another solver's as its own default
+        SolverSpec(args.solver, solver_type=args.solver_type).make()
     check_call_arguments(args)
     check_teacher_name(args.pretrained_model_name_or_path)
     if not Path(args.output_dir).exists():  # a finished set may lie in a folder that is read-only
@@ -100,9 +110,9 @@ def check(args: argparse.Namespace) -> list[str] | None:
 
 def teacher_scheduler(args: argparse.Namespace, config) -> LD3Scheduler:
     """The long schedule: a named grid, or for flow models the pipeline's own with its resolution shift."""
+    given = {name: getattr(args, name, None) for name in ("solver_order", "solver_type", "final_sigmas_type")}
     options = {"solver": args.solver, "schedules": None}
-    if args.solver_order is not None:
-        options["solver_order"] = args.solver_order
+    options |= {name: value for name, value in given.items() if value is not None}
     scheduler = LD3Scheduler.from_config(config, **options)
     grid = args.discretization or (None if scheduler.path.kind == "flow" else "logsnr")
     return scheduler if grid is None else LD3Scheduler.from_config(scheduler.config, discretization=grid)
@@ -151,6 +161,7 @@ def request(args: argparse.Namespace, prompts: list[str] | None, rollout: Pipeli
         "guidance_scale": rollout.guidance_scale,
         "num_inference_steps": args.num_inference_steps,
         **facts,
+        "final_sigmas_type": args.final_sigmas_type,  # None: of the teacher, as in sets that do not record it
         "noise_path": scheduler.config.noise_path,
         "prediction_type": scheduler.config.prediction_type,
         "split": args.split,

@@ -76,6 +76,7 @@ def settings(args: Namespace, problem: Problem, method: dict) -> dict:
         "teacher_solver": made.provenance.get("solver"),
         "teacher_solver_order": made.provenance.get("solver_order"),
         "teacher_discretization": made.provenance.get("discretization"),
+        "teacher_final_sigmas_type": made.provenance.get("final_sigmas_type"),
         "teacher_steps": made.provenance["num_inference_steps"],
         **method,
         "final_sigmas_type": args.final_sigmas_type,

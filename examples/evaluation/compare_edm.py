@@ -17,17 +17,15 @@ from training import evaluate
 from training.arguments import read_recipe
 
 
-STUDENTS = ("AMED-Solver", "AMED iPNDM")
-# The solvers of EDM, AMED and GITS with their usual orders, each on the grids that are usual for one of them. All of one name are, for a
-# table, the best of them.
+STUDENTS = ("AMED iPNDM",)
+# The solvers of EDM, AMED and GITS, each on the grids that it is used with there. All of one name are, for a table, the best of them.
 SOLVERS = {
-    "Heun": "solver=heun",
-    "DPM++": "solver=dpmpp,solver_order=3",
-    "UniPC": "solver=unipc,solver_order=3",
-    "iPNDM": "solver=ipndm,solver_order=3",
-    "DEIS": "solver=deis,solver_order=3",
+    "Heun": ("solver=heun", ("polynomial",)),
+    "DPM++": ("solver=dpmpp,solver_order=3", ("logsnr", "time_uniform_vp,rho=2")),
+    "UniPC": ("solver=unipc,solver_order=3", ("logsnr", "time_uniform_vp,rho=2")),
+    "iPNDM": ("solver=ipndm,solver_order=3", ("polynomial", "time_uniform_vp,rho=2")),
+    "DEIS": ("solver=deis,solver_order=3", ("polynomial", "time_uniform_vp,rho=2")),
 }
-GRIDS = ("polynomial", "logsnr", "time_uniform_vp,rho=2")
 
 
 def contenders(recipe: dict) -> list[str]:
@@ -44,8 +42,8 @@ def contenders(recipe: dict) -> list[str]:
         *(f"{compare_amed.folder_of(amed, student, 'per sample')}:name={student}" for student in STUDENTS),
         *(
             f"LD3Scheduler:name={name},{solver},discretization={grid}"
-            for name, solver in SOLVERS.items()
-            for grid in GRIDS
+            for name, (solver, grids) in SOLVERS.items()
+            for grid in grids
         ),
         f"{recipe['search_oss']['output_dir']}:name=OSS Euler",
         "stock",

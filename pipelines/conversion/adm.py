@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from pipelines.adm import ADMClassifier, ADMUNet2DModel
 
+from .files import Unfit, finite_float32
+
 
 COARSEST_SIZE = 8  # of feature maps, in all of guided-diffusion's presets
 _RESNET = {
@@ -101,7 +103,8 @@ def adm_unet(
         use_new_attention_order: see the module's docstring.
 
     Raises:
-        ValueError: for names or shapes that are not those of such a network.
+        ValueError: for names or shapes that are not those of such a network, numbers that are not finite, or options
+        ([`Unfit`]) that do not go with it.
     """
     encoder = _read_encoder(state_dict)
     heads = _heads(encoder, num_head_channels, num_heads)
@@ -137,13 +140,13 @@ def adm_classifier(
     encoder = _read_encoder(state_dict)
     heads = _heads(encoder, num_head_channels, None)
     places = _encoder_places(encoder, 1, {} if use_new_attention_order else heads)
-    finest = image_size or _preset_size(encoder)
     if "out.2.positional_embedding" in state_dict:
         pool, last = "attention", "out.2.c_proj.bias"
         side = math.isqrt(_shape(state_dict, "out.2.positional_embedding", 2)[1] - 1)
         finest = side << (len(encoder.widths) - 1)
         if image_size not in (None, finest):
-            raise ValueError(f"the classifier's attention pool is made for {finest} pixels, not {image_size}")
+            raise Unfit(f"the classifier's attention pool is made for {finest} pixels, not {image_size}")
+        image_size = finest
         split = tuple(f"head.to_{name}" for name in "qkv")
         places |= {"out.0": Place(("norm_out",)), "out.2": Place(("head",))}
         places |= {"out.2.qkv_proj": Place(split, 1), "out.2.c_proj": Place(("head.to_out",), 1)}
@@ -155,7 +158,7 @@ def adm_classifier(
         places |= {"out.0": Place(("head.0",)), "out.2": Place(("head.2",))}
     with torch.device("meta"):
         network = ADMClassifier(
-            sample_size=finest,
+            sample_size=_size(encoder, image_size),
             num_classes=_shape(state_dict, last, 1)[0],
             attention_head_dim=num_head_channels,
             pool=pool,
@@ -169,7 +172,7 @@ def _unet(kind: type, state_dict, encoder: Encoder, image_size: int | None, **he
     plain = "ResnetUpsampleBlock2D" if encoder.resnet_resampling else "UpBlock2D"
     with torch.device("meta"):
         return kind(
-            sample_size=image_size or _preset_size(encoder),
+            sample_size=_size(encoder, image_size),
             out_channels=_shape(state_dict, "out.2.weight", 4)[0],
             num_class_embeds=_shape(state_dict, "label_emb.weight", 2)[0] if labels else None,
             up_block_types=tuple("AttnUpBlock2D" if attended else plain for attended in reversed(encoder.attended)),
@@ -180,8 +183,28 @@ def _unet(kind: type, state_dict, encoder: Encoder, image_size: int | None, **he
         )
 
 
-def _preset_size(encoder: Encoder) -> int:
-    return COARSEST_SIZE << (len(encoder.widths) - 1)
+def _size(encoder: Encoder, image_size: int | None) -> int:
+    """The given size of images, checked, or that of guided-diffusion's presets."""
+    halvings = len(encoder.widths) - 1
+    if image_size is not None:
+        check_image_size(image_size, halvings)
+    return image_size or COARSEST_SIZE << halvings
+
+
+def check_image_size(image_size: int, halvings: int) -> None:
+    """Raises [`Unfit`] unless a network can halve the size of images that often."""
+    if image_size < 1 or image_size % 2**halvings:
+        raise Unfit(
+            f"image_size {image_size} is not divisible by {2**halvings}, and the network halves it {halvings} times"
+        )
+
+
+def check_divides(name: str, divisor: int, width: int) -> None:
+    """Raises [`Unfit`] unless the channels of an attention make equal heads."""
+    if divisor < 1:
+        raise Unfit(f"{name} must be at least 1, got {divisor}")
+    if width % divisor:
+        raise Unfit(f"{name} {divisor} does not divide the {width} channels of an attention; give another")
 
 
 # ---------------------------------------------------------------------- reading the architecture
@@ -232,19 +255,17 @@ def _read_encoder(state_dict: Mapping[str, Tensor]) -> Encoder:
 
 
 def _heads(encoder: Encoder, num_head_channels: int, num_heads: int | None) -> dict[int, int]:
-    """Attention heads of a level with that many channels."""
+    """Attention heads of a level with that many channels, where it has attention."""
     name, divisor = ("num_heads", num_heads) if num_heads else ("num_head_channels", num_head_channels)
-    if divisor < 1:
-        raise ValueError(f"{name} must be at least 1, got {divisor}")
     heads = {}
     for width, attended in zip(encoder.widths, (*encoder.attended[:-1], True)):  # the middle always has attention
         if width % 32:
             raise ValueError(
                 f"a level has {width} channels, which do not make 32 normalisation groups; the file is damaged"
             )
-        if attended and width % divisor:
-            raise ValueError(f"{name} {divisor} does not divide the {width} channels of an attention; give another")
-        heads[width] = num_heads or width // num_head_channels
+        if attended:
+            check_divides(name, divisor, width)
+            heads[width] = num_heads or width // num_head_channels
     return heads
 
 
@@ -320,7 +341,7 @@ def _filled(network: nn.Module, places: dict[str, Place], state_dict: Mapping[st
     """`network`, made on the meta device, with the tensors of `state_dict`, each used once.
 
     Raises:
-        ValueError: naming the first few that are missing, unexpected or of another shape.
+        ValueError: naming the first few that are missing, unexpected, of another shape or not finite.
     """
     wanted = network.state_dict()
     sources = {
@@ -331,7 +352,7 @@ def _filled(network: nn.Module, places: dict[str, Place], state_dict: Mapping[st
     }
     _refuse("missing", sources.keys() - state_dict.keys())
     _refuse("unexpected", state_dict.keys() - sources.keys())
-    misshapen, not_floating, ours = set(), set(), {}
+    misshapen, not_floating, not_finite, ours = set(), set(), set(), {}
     for name, (place, kind) in sources.items():
         tensor, targets = state_dict[name], [f"{module}.{kind}" for module in place.modules]
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -342,10 +363,15 @@ def _filled(network: nn.Module, places: dict[str, Place], state_dict: Mapping[st
         if tuple(tensor.shape) != shape + (1,) * (place.axes if kind == "weight" else 0):
             misshapen.add(name)
             continue
-        parts = _split(tensor.reshape(shape).float(), len(targets), place.heads)
+        values = finite_float32(tensor)
+        if values is None:
+            not_finite.add(name)
+            continue
+        parts = _split(values.reshape(shape), len(targets), place.heads)
         ours.update(zip(targets, parts))
     _refuse("not of floating point", not_floating)
     _refuse("of another shape than the rest implies", misshapen)
+    _refuse("not of finite numbers", not_finite)
     network.load_state_dict(ours, strict=True, assign=True)
     return network.eval()
 
@@ -361,6 +387,6 @@ def _split(tensor: Tensor, count: int, heads: int | None) -> list[Tensor]:
 
 def _refuse(fault: str, names: set[str]) -> None:
     if names:
-        few = ", ".join(sorted(names)[:5])
+        few = ", ".join(f"{name:.100}" for name in sorted(names)[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ValueError(f"the checkpoint is not a network of this kind: {fault}: {few}{more}")

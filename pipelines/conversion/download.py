@@ -66,20 +66,35 @@ def address(name_or_url: str) -> str:
     return name_or_url
 
 
+def file_name(name_or_url: str) -> str:
+    """What a file is called that is fetched: the last part of an address, else the name itself.
+
+    Raises:
+        ValueError: if an address ends without a name.
+    """
+    url = urlsplit(name_or_url)
+    name = Path(url.path).name if url.scheme else name_or_url
+    if not name:
+        raise ValueError(f"{name_or_url!r} names no file; say where it is to be put")
+    return name
+
+
 def download(name_or_url: str, file: str | Path, *, size: int | None = None, sha256: str | None = None) -> None:
     """Fetch a file, unless it is there already. Until it is complete it is `<file>.part`, from whose end a next call
-    continues.
+    continues. A server that then sends another range than it was asked for is found out by `sha256` alone.
 
     Args:
+        name_or_url: need not be known where the file is there.
         size: in bytes, sha256: hexadecimal; what the file must have, where known.
 
     Raises:
-        ValueError: if it cannot be fetched, or is another file: of what is on disk already, nothing is overwritten.
+        ValueError: if it cannot be fetched, is empty, or is another file: of what is on disk already, nothing is overwritten.
     """
-    url, path = address(name_or_url), Path(file)
+    path = Path(file)
     if path.exists():
         _check(path, size, sha256, "; it was there already, move it away to fetch another")
         return
+    url = address(name_or_url)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -109,6 +124,8 @@ def _fetch(url: str, part: Path, size: int | None, name: str) -> None:
 
 
 def _check(path: Path, size: int | None, sha256: str | None, otherwise: str) -> None:
+    if not path.stat().st_size:
+        raise ValueError(f"{str(path)!r} is empty{otherwise}")
     if size is not None and path.stat().st_size != size:
         raise ValueError(f"{str(path)!r} has {path.stat().st_size} bytes, and --size is {size}{otherwise}")
     if sha256 is not None:

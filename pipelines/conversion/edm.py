@@ -16,10 +16,10 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 from torch import Tensor
 
-from ld3_diffusers.inert_pickle import Instance, Refused, StoredTensor
+from ld3_diffusers.inert_pickle import Instance, Refused, StoredTensor, quoted
 
 from ..edm import SIGMA_DATA, EDMPipeline, EDMUNet2DModel, iddpm_sigmas
-from .files import read_edm_pickle
+from .files import UNBUILDABLE, finite_float32, read_edm_pickle
 
 
 PRECONDITIONINGS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
@@ -55,6 +55,7 @@ FIXED = {
 }
 ELSEWHERE = ("img_resolution", "img_channels", "in_channels", "out_channels", "label_dim", "sigma_data")
 INTEGERS = ("model_channels", "channel_mult_emb", "num_blocks", "augment_dim", "channel_mult_noise")
+TEXTS = ("embedding_type", "encoder_type")
 LISTS = ("channel_mult", "attn_resolutions", "resample_filter")
 MOST, MOST_BLOCKS, MOST_LEVELS = 4096, 64, 12  # of what a configuration counts: what it asks for must not take forever
 MOST_DEPTH, MOST_MODULES = 8, 10_000  # of modules in modules; the networks have 5 and some 1,500
@@ -89,7 +90,7 @@ def edm_network(wrapper: Instance) -> EDMUNet2DModel:
     try:
         with torch.device("meta"):  # nothing is initialised: the checkpoint's tensors become the network's
             network = EDMUNet2DModel(**config)
-    except (ValueError, RuntimeError, ArithmeticError) as error:
+    except UNBUILDABLE as error:
         raise Refused(f"was constructed with arguments that make no network ({error!s:.200})") from None
     expected = network.state_dict()
     stored = {name.removeprefix("model."): tensor for name, tensor in stored_tensors(wrapper)}
@@ -97,7 +98,7 @@ def edm_network(wrapper: Instance) -> EDMUNet2DModel:
     check_names(stored, expected)
     for name, like in expected.items():
         if stored[name].size != tuple(like.shape):
-            raise Refused(f"has a {name} of shape {stored[name].size!r:.60}, which must be {tuple(like.shape)}")
+            raise Refused(f"has a {name} of shape {quoted(stored[name].size)}, which must be {tuple(like.shape)}")
     storages = {id(tensor.storage): len(tensor.storage) for tensor in stored.values()}
     if 2 * sum(like.numel() for like in expected.values()) > sum(storages.values()):  # of float16, at least
         raise Refused("has tensors that share their bytes")
@@ -124,23 +125,26 @@ def network_config(wrapper: Instance) -> dict:
     """
     network = _modules(wrapper).get("model")
     if wrapper.class_name not in PRECONDITIONINGS:
-        raise Refused(f"holds a {wrapper.class_name!r:.60}, which is none of {', '.join(PRECONDITIONINGS)}")
+        raise Refused(f"holds a {quoted(wrapper.class_name)}, which is none of {', '.join(PRECONDITIONINGS)}")
     if not isinstance(network, Instance) or network.class_name not in ARCHITECTURES:
         what = network.class_name if isinstance(network, Instance) else type(network).__name__
-        raise Refused(f"holds a network {what!r:.60}, which is none of {', '.join(ARCHITECTURES)}")
+        raise Refused(f"holds a network {quoted(what)}, which is none of {', '.join(ARCHITECTURES)}")
     architecture, own_defaults = ARCHITECTURES[network.class_name]
     given = {**_arguments(wrapper), **_arguments(network)}
     defaults = {**DEFAULTS, **own_defaults}
     for name, value in given.items():
         if name not in (*defaults, *ELSEWHERE, *FIXED):
-            raise Refused(f"was constructed with the unknown argument {name!r:.60}")
+            raise Refused(f"was constructed with the unknown argument {quoted(name)}")
         if FIXED.get(name) is not None and value not in FIXED[name]:
-            raise Refused(f"was constructed with {name} = {value!r:.40}; only {FIXED[name][0]!r} is supported")
+            raise Refused(f"was constructed with {name} = {quoted(value)}; only {FIXED[name][0]!r} is supported")
     config = {name: given.get(name, default) for name, default in defaults.items()}
     for name in INTEGERS:
         _check_count(name, config[name], least=0 if name == "augment_dim" else 1)
     if config["num_blocks"] > MOST_BLOCKS:
         raise Refused(f"was constructed with {config['num_blocks']} blocks a level, more than {MOST_BLOCKS}")
+    for name in TEXTS:
+        if type(config[name]) is not str:
+            raise Refused(f"was constructed with {name} = {quoted(config[name])}, which must be text")
     for name in LISTS:
         config[name] = _counts(name, config[name])
     if type(config["dropout"]) not in (int, float) or not 0 <= config["dropout"] < 1:
@@ -162,7 +166,7 @@ def network_config(wrapper: Instance) -> dict:
 def _arguments(module: Instance) -> dict:
     positional, named = module.state.get("_init_args", ()), module.state.get("_init_kwargs", {})
     if positional not in ((), []) or type(named) is not dict:
-        raise Refused(f"has a {module.class_name!r:.60} constructed in another way than EDM's")
+        raise Refused(f"has a {quoted(module.class_name)} constructed in another way than EDM's")
     return named
 
 
@@ -172,19 +176,21 @@ def _count(given: dict, name: str, default, *, least: int) -> int:
 
 def _check_count(name: str, value, *, least: int) -> int:
     if type(value) is not int or not least <= value <= MOST:
-        raise Refused(f"was constructed with {name} = {value!r:.40}, which must be an integer from {least} to {MOST}")
+        raise Refused(
+            f"was constructed with {name} = {quoted(value)}, which must be an integer from {least} to {MOST}"
+        )
     return value
 
 
 def _counts(name: str, values) -> tuple[int, ...]:
     if type(values) not in (list, tuple) or not 1 <= len(values) <= MOST_LEVELS:
-        raise Refused(f"was constructed with {name} = {values!r:.60}, which must be a short list of integers")
+        raise Refused(f"was constructed with {name} = {quoted(values)}, which must be a short list of integers")
     return tuple(_check_count(name, value, least=1) for value in values)
 
 
 def _positive(name: str, value) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise Refused(f"was constructed with {name} = {value!r:.40}, which must be a positive number")
+        raise Refused(f"was constructed with {name} = {quoted(value)}, which must be a positive number")
     return float(value)
 
 
@@ -194,7 +200,7 @@ def _positive(name: str, value) -> float:
 def _modules(module: Instance) -> dict:
     modules = module.state.get("_modules")
     if type(modules) is not dict:
-        raise Refused(f"has a {module.class_name!r:.60} that is no PyTorch module")
+        raise Refused(f"has a {quoted(module.class_name)} that is no PyTorch module")
     return modules
 
 
@@ -213,17 +219,17 @@ def stored_tensors(module: Instance) -> Iterator[tuple[str, StoredTensor]]:
         for kind in ("_parameters", "_buffers"):
             tensors = current.state.get(kind)
             if type(tensors) is not dict:
-                raise Refused(f"has a {current.class_name!r:.60} that is no PyTorch module")
+                raise Refused(f"has a {quoted(current.class_name)} that is no PyTorch module")
             for name in list(tensors):
                 tensor = tensors.pop(name)
                 if tensor is not None and not isinstance(tensor, StoredTensor):
-                    raise Refused(f"has a {type(tensor).__name__} as {prefix + name!r:.100}, where a tensor must be")
+                    raise Refused(f"has a {type(tensor).__name__} as {quoted(prefix + name)}, where a tensor must be")
                 if tensor is not None:
                     yield prefix + name, tensor
         children = _modules(current).items()
         for name, child in reversed(children):
             if child is not None and not isinstance(child, Instance):
-                raise Refused(f"has a {type(child).__name__} as {prefix + name!r:.100}, where a module must be")
+                raise Refused(f"has a {type(child).__name__} as {quoted(prefix + name)}, where a module must be")
             if child is not None:
                 waiting.append((f"{prefix}{name}.", child, depth + 1))
 
@@ -235,14 +241,14 @@ def check_names(found, expected) -> None:
     for what, names in (("lacks", missing), ("has the unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise Refused(f"{what} {', '.join(f'{name!r:.100}' for name in names[:3])}{more}")
+            raise Refused(f"{what} {', '.join(map(quoted, names[:3]))}{more}")
 
 
 def _tensor(name: str, stored: StoredTensor, numel: int) -> Tensor:
-    tensor = stored.tensor(numel)
-    if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+    tensor = finite_float32(stored.tensor(numel))
+    if tensor is None:
         raise Refused(f"has a {name} that is not of finite numbers")
-    return tensor.float()
+    return tensor
 
 
 def _check_filters(tensors: dict[str, Tensor], taps: tuple[int, ...]) -> None:

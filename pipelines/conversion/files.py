@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import io
 import mmap
 import struct
 import zipfile
@@ -22,7 +23,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ld3_diffusers.inert_pickle import PERSISTENCE, Instance, Refused, instances, run
+from ld3_diffusers.inert_pickle import PERSISTENCE, Instance, Refused, instances, quoted, run
+
+from .nesting import check_nesting
 
 
 MAX_PICKLE_BYTES = 8 * 2**30  # the largest public one, of ImageNet-64, has 1.2 GB
@@ -35,6 +38,10 @@ LIGHTNING_MAPPINGS = ("pytorch_lightning.utilities.parsing.AttributeDict",)
 LEGACY_TORCH = (
     b"\x80\x02\x8a\nl\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the number that began files of torch.save before 1.6
 )
+LEGACY_PICKLES = 5  # in such a file: number, version, system, what was saved, names of the storages after it
+
+# What classes of networks raise that are made of, or filled with, what they never have.
+UNBUILDABLE = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError, AssertionError)
 
 
 class NumberType(Instance):
@@ -52,7 +59,7 @@ class NumberType(Instance):
 
 def _number_type(code, _aligned, _copied) -> NumberType:
     if type(code) is not str or code not in NUMBER_FORMATS:
-        raise Refused(f"has a NumPy number of the type {code!r:.20}, which none needs")
+        raise Refused(f"has a NumPy number of the type {quoted(code)}, which none needs")
     return NumberType(code)
 
 
@@ -68,6 +75,10 @@ EDM_NAMES = {
     "numpy.dtype": _number_type,
     **dict.fromkeys(NUMPY_SCALARS, _number),
 }
+
+
+class Unfit(ValueError):
+    """An option that does not go with a checkpoint, which may be in order."""
 
 
 class CheckpointFile(NamedTuple):
@@ -150,6 +161,9 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(file) and start.startswith(b"PK"):
             content = _read_archive(file)
         elif start == LEGACY_TORCH:
+            with open(file, "rb") as stream:
+                for _ in range(LEGACY_PICKLES):
+                    check_nesting(stream, MAX_OPCODES)
             content = _load(file, {}, mapped=False)
         elif Path(file).suffix == ".safetensors":
             content = safetensors.torch.load_file(file)
@@ -167,22 +181,7 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
 
 def _read_archive(file: str | Path):
     with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    objects = [member for member in members if member.filename.endswith("/data.pkl")]
-    if len(objects) != 1:
-        checkpoints = [member.filename for member in members if member.filename.endswith((".ckpt", ".pt", ".pth"))]
-        raise Refused(
-            f"is an archive that torch.save did not write; unpack {checkpoints[0]!r:.100} from it"
-            if checkpoints
-            else "is an archive that torch.save did not write"
-        )
-    # torch.save never compresses; what is compressed could be a thousand times as large as the file.
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise Refused("has compressed parts, which torch.save does not write")
-    if sum(member.file_size for member in members) > Path(file).stat().st_size:
-        raise Refused("has parts that are larger than itself")
-    if objects[0].file_size > MAX_OBJECTS_BYTES:
-        raise Refused(f"describes its tensors in more than {MAX_OBJECTS_BYTES >> 20} MiB")
+        _check_archive(archive, Path(file).stat().st_size)
     try:
         mentioned = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
     except Exception:  # a parser of what anyone may have written
@@ -190,12 +189,36 @@ def _read_archive(file: str | Path):
     return _load(file, {name: _stand_in(name) for name in mentioned}, mapped=True)
 
 
+def _check_archive(archive: zipfile.ZipFile, most_bytes: int) -> None:
+    members = archive.infolist()
+    objects = [member for member in members if member.filename.endswith("/data.pkl")]
+    if len(objects) != 1:
+        checkpoints = [member.filename for member in members if member.filename.endswith((".ckpt", ".pt", ".pth"))]
+        raise Refused(
+            f"is an archive that torch.save did not write; unpack {quoted(checkpoints[0])} from it"
+            if checkpoints
+            else "is an archive that torch.save did not write"
+        )
+    # torch.save never compresses; what is compressed could be a thousand times as large as the file.
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise Refused("has compressed parts, which torch.save does not write")
+    if sum(member.file_size for member in members) > most_bytes:
+        raise Refused("has parts that are larger than itself")
+    if objects[0].file_size > MAX_OBJECTS_BYTES:
+        raise Refused(f"describes its tensors in more than {MAX_OBJECTS_BYTES >> 20} MiB")
+    try:
+        description = archive.read(objects[0])
+    except RuntimeError:  # of an encrypted one
+        raise Refused("is damaged") from None
+    check_nesting(io.BytesIO(description), MAX_OPCODES)
+
+
 def _stand_in(name: str) -> type:
     if name in LIGHTNING_MAPPINGS:
         return OrderedDict
     if name in (*NUMPY_SCALARS, "numpy.dtype") or name.startswith(LIGHTNING):
         return Inert
-    raise Refused(f"names {name!r:.100}, which is refused")
+    raise Refused(f"names {quoted(name)}, which is refused")
 
 
 def _load(file: str | Path, stand_ins: dict[str, type], *, mapped: bool):
@@ -204,7 +227,9 @@ def _load(file: str | Path, stand_ins: dict[str, type], *, mapped: bool):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # a parser of what anyone may have written; its advice is to allow what it refuses
             named = str(error).partition("GLOBAL ")[2].split()
-            raise Refused(f"names {named[0]!r:.100}, which is refused" if named else "is damaged or refused") from None
+            raise Refused(
+                f"names {quoted(named[0])}, which is refused" if named else "is damaged or refused"
+            ) from None
 
 
 def _tensors(content, most_bytes: int) -> dict[str, Tensor]:
@@ -214,10 +239,18 @@ def _tensors(content, most_bytes: int) -> dict[str, Tensor]:
         raise Refused("holds no state dict")
     for name, value in content.items():
         if type(name) is not str or not isinstance(value, Tensor):
-            raise Refused(f"has a {type(value).__name__} as {name!r:.100}, where a tensor must be")
-        if value.layout != torch.strided or value.is_quantized:
-            raise Refused(f"has {name!r:.100} in a form that is no plain tensor")
+            raise Refused(f"has a {type(value).__name__} as {quoted(name)}, where a tensor must be")
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise Refused(f"has {quoted(name)} in a form that is no plain tensor")
     # Strides of 0, or many names for one storage, would let a small file be huge tensors.
     if sum(value.nbytes for value in content.values()) > most_bytes:
         raise Refused("has tensors that are larger than the file")
     return {name: value.detach() for name, value in content.items()}
+
+
+def finite_float32(tensor: Tensor) -> Tensor | None:
+    """The tensor in float32; None if it is not of floating point, or not all finite there. Those without values pass."""
+    if not tensor.is_floating_point():
+        return None
+    values = tensor.float()
+    return values if values.is_meta or bool(values.isfinite().all()) else None

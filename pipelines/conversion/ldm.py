@@ -25,8 +25,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from torch import Tensor
 
 from ..ldm import LatentDiffusionPipeline, LDMClassEmbedder
-from .adm import adm_unet
-from .files import read_state_dict
+from .adm import adm_unet, check_divides, check_image_size
+from .files import UNBUILDABLE, Unfit, finite_float32, read_state_dict
 
 
 UNET, VAE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.embedding.weight"
@@ -52,18 +52,20 @@ def ldm_pipeline(
         num_heads, num_head_channels: of the network's attention, one of both; default: [`published_heads`].
 
     Raises:
-        ValueError: if the file is refused, its names are not exactly those of such networks, or it has no averaged
-        weights.
+        ValueError: if the file is refused, its names are not exactly those of such networks, its numbers are
+        impossible, or options ([`Unfit`]) do not go with it.
     """
     checkpoint = read_state_dict(file)
     try:
         return pipeline_of(
             checkpoint, ema=ema, image_size=image_size, num_heads=num_heads, num_head_channels=num_head_channels
         )
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise ValueError(f"{str(file)!r} lacks {error.args[0]!r}; pass a latent-diffusion .ckpt of CompVis") from None
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} makes no latent diffusion: {error}") from error
+    except Unfit:
+        raise
+    except UNBUILDABLE as error:
+        raise ValueError(f"{str(file)!r} makes no latent diffusion: {error!s:.1000}") from error
 
 
 def pipeline_of(
@@ -77,13 +79,14 @@ def pipeline_of(
     """[`ldm_pipeline`] of a state dict.
 
     Raises:
-        ValueError, KeyError: if it lacks a network, or has names or shapes that the networks have not.
+        ValueError, KeyError: if it lacks a network, or has names, shapes or numbers that the networks have not.
     """
     _check_rest(checkpoint)
     vae = autoencoder({name: tensor for name, tensor in checkpoint.items() if name.startswith(VAE)}, image_size)
-    factor = checkpoint.get("scale_factor")
-    vae.register_to_config(scaling_factor=1.0 if factor is None else _rounded(factor))
-    sample_size = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.register_to_config(scaling_factor=latent_scale(checkpoint.get("scale_factor")))
+    halvings = len(vae.config.block_out_channels) - 1
+    check_image_size(image_size, halvings)
+    sample_size = image_size // 2**halvings
     unet = {name.removeprefix(UNET): tensor for name, tensor in checkpoint.items() if name.startswith(UNET)}
     if ema:
         unet = averaged(checkpoint, unet)
@@ -118,15 +121,13 @@ def averaged(checkpoint: dict[str, Tensor], unet: dict[str, Tensor]) -> dict[str
     """The network's weights averaged over training: their names have lost their dots.
 
     Raises:
-        ValueError: if one is missing.
+        Unfit: if one is missing.
     """
     prefix = EMA + UNET.removeprefix("model.").replace(".", "")
     found = {name: checkpoint.get(prefix + name.replace(".", "")) for name in unet}
     missing = [name for name, tensor in found.items() if tensor is None]
     if missing:
-        raise ValueError(
-            f"there is no averaged {missing[0]!r}, nor {len(missing) - 1} others; convert it without --ema"
-        )
+        raise Unfit(f"there is no averaged {missing[0]!r}, nor {len(missing) - 1} others; convert it without --ema")
     return found
 
 
@@ -143,6 +144,12 @@ def conditional_unet(
     """
     widths, layers, depths = _levels(unet)
     attended = [depth > 0 for depth in depths]
+    check_image_size(sample_size, len(widths) - 1)
+    for width, attends in zip(widths, (*attended[:-1], True)):  # the middle always attends
+        if attends:
+            check_divides(
+                *(("num_heads", num_heads) if num_heads else ("num_head_channels", num_head_channels)), width
+            )
     tokens = unet["middle_block.1.transformer_blocks.0.attn2.to_k.weight"]
     config = {
         "sample_size": sample_size,
@@ -155,7 +162,7 @@ def conditional_unet(
         "transformer_layers_per_block": [max(depth, 1) for depth in depths],
         "cross_attention_dim": tokens.shape[1],
         # Diffusers' name for the number of heads
-        "attention_head_dim": [num_heads or width // num_head_channels for width in widths],
+        "attention_head_dim": [num_heads or max(1, width // num_head_channels) for width in widths],
     }
     converted = convert_ldm_unet_checkpoint({UNET + name: tensor for name, tensor in unet.items()}, config)
     return _filled(UNet2DConditionModel, config, converted, len(unet))
@@ -206,16 +213,31 @@ def autoencoder(tensors: dict[str, Tensor], image_size: int = IMAGE_SIZE) -> VQM
 
 
 def class_embedder(rows: Tensor) -> LDMClassEmbedder:
-    """Embeddings of classes, the last of which is no class."""
+    """Embeddings of classes, the last of which is no class.
+
+    Raises:
+        ValueError: if there is no class, or the table is none.
+    """
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ValueError(
+            f"{CLASSES} has the shape {tuple(rows.shape)}, where a row for each class and one for none must be"
+        )
     config = {"num_class_embeds": len(rows) - 1, "embed_dim": rows.shape[1]}
     return _filled(LDMClassEmbedder, config, {"embedding.weight": rows}, 1)
 
 
 def noise_schedule(betas: Tensor | None) -> DDIMScheduler:
-    """DDIM on the checkpoint's own betas, or the published ones."""
+    """DDIM on the checkpoint's own betas, or the published ones.
+
+    Raises:
+        ValueError: unless they are a list of numbers between 0 and 1.
+    """
     options = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     if betas is None:
         return DDIMScheduler(beta_schedule="scaled_linear", beta_start=BETA_START, beta_end=BETA_END, **options)
+    numbers = finite_float32(betas)
+    if numbers is None or numbers.ndim != 1 or not len(numbers) or not bool(((numbers > 0) & (numbers < 1)).all()):
+        raise ValueError("its betas are no list of numbers between 0 and 1")
     betas = betas.double()
     start, end, steps = _rounded(betas[0]), _rounded(betas[-1]), len(betas)
     linear = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
@@ -224,6 +246,20 @@ def noise_schedule(betas: Tensor | None) -> DDIMScheduler:
     else:
         named = {"trained_betas": betas.tolist()}
     return DDIMScheduler(num_train_timesteps=steps, **named, **options)
+
+
+def latent_scale(factor: Tensor | None) -> float:
+    """What latents are multiplied with before diffusion: 1 where the checkpoint does not say.
+
+    Raises:
+        ValueError: unless it is one positive number.
+    """
+    if factor is None:
+        return 1.0
+    number = finite_float32(factor)
+    if number is None or number.numel() != 1 or not float(number) > 0:
+        raise ValueError("its scale_factor is no positive number")
+    return _rounded(number)
 
 
 # ---------------------------------------------------------------------- reading names
@@ -280,7 +316,7 @@ def _filled(kind: type, config: dict, tensors: dict[str, Tensor], given: int):
     """A network made of a config, with these tensors, of which the checkpoint has `given`.
 
     Raises:
-        ValueError: unless their names and shapes are exactly the network's.
+        ValueError: unless their names and shapes are exactly the network's, and their numbers finite.
     """
     with torch.device("meta"):
         network = kind(**config)
@@ -298,5 +334,9 @@ def _filled(kind: type, config: dict, tensors: dict[str, Tensor], given: int):
                 f"its {kind.__name__} has a {name} of {tuple(tensors[name].shape)} {tensors[name].dtype}, which must be "
                 f"{tuple(like.shape)} of floating point"
             )
-    network.load_state_dict({name: tensors[name].float().contiguous() for name in expected}, assign=True)
+    finite = {name: finite_float32(tensors[name]) for name in expected}
+    spoilt = [name for name, values in finite.items() if values is None]
+    if spoilt:
+        raise ValueError(f"its {kind.__name__} has a {spoilt[0]} that is not of finite numbers")
+    network.load_state_dict({name: values.contiguous() for name, values in finite.items()}, assign=True)
     return network.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import sys
+import time
 import tracemalloc
 from collections import OrderedDict, deque
 
@@ -17,7 +18,7 @@ from torch import nn
 from ld3_diffusers import LD3Scheduler
 from ld3_diffusers.amed_predictor_file import read_predictor_file
 from ld3_diffusers.importing import import_amed
-from ld3_diffusers.inert_pickle import PERSISTENCE, Refused, StoredTensor, load_pickle
+from ld3_diffusers.inert_pickle import PERSISTENCE, Instance, Refused, StoredTensor, load_pickle, quoted
 
 from .amed_predictor_files import make_model, predictor_bytes, write
 
@@ -138,6 +139,24 @@ def test_damaged_storages():
 
 
 # ---------------------------------------------------------------------- hostile files
+
+
+def nested(levels: int) -> list:
+    """A list of the same list twice, and so on: a few bytes of a pickle, and 2**levels values to print."""
+    value = []
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def test_quotations_are_short_and_quick():
+    started = time.monotonic()
+    for value in (nested(100), {"a": nested(100)}, (nested(100),) * 3, "a" * 10**7, Instance("A", {"a": nested(100)})):
+        assert len(quoted(value)) < 150
+    assert time.monotonic() - started < 1
+    plain = [None, True, 0.5, float("inf"), -3, "a'b", (1, 2), [1, [2]], {"a": 1}, {"a"}]
+    assert [quoted(value) for value in plain] == [repr(value) for value in plain]
+    assert quoted(torch.zeros(2)) == "a Tensor" and quoted(b"ab") == "a bytes"
 
 
 class Calls:

@@ -151,6 +151,11 @@ def broken(change) -> dict:
         (lambda s: s.update(ema_decay=torch.ones(())), "unexpected: ema_decay"),
         (lambda s: s.update({"out.0.bias": torch.ones(31)}), "another shape .*: out.0.bias"),
         (lambda s: s.update({"out.0.bias": s["out.0.bias"].long()}), "not of floating point: out.0.bias"),
+        (lambda s: s.update({"out.0.bias": torch.full((32,), torch.nan)}), "not of finite numbers: out.0.bias"),
+        (
+            lambda s: s.update({"out.0.bias": torch.full((32,), 1e300, dtype=torch.float64)}),
+            "not of finite numbers: out.0.bias",
+        ),
         (lambda s: s.update({"out.0.bias": 3.0}), "not of floating point: out.0.bias"),
         (lambda s: s.pop("input_blocks.0.0.weight"), "no checkpoint .* input_blocks.0.0.weight is missing"),
         (
@@ -190,3 +195,8 @@ def test_refuses_options_that_do_not_fit():
         adm_unet(parameters("guided_unet_cond"), num_heads=5)
     with pytest.raises(ValueError, match="made for 16 pixels, not 32"):
         adm_classifier(parameters("guided_classifier_attention"), num_head_channels=32, image_size=32)
+    for make, name in ((adm_unet, "guided_unet_cond"), (adm_classifier, "guided_classifier_spatial")):
+        with pytest.raises(ValueError, match="image_size 17 is not divisible by 2"):
+            make(parameters(name), num_head_channels=32, image_size=17)
+    with pytest.raises(ValueError, match="image_size 17 is not divisible by 2"):
+        consistency_unet(parameters("cm_unet_cond"), num_head_channels=32, image_size=17)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from pipelines.edm import EDMUNet2DModel
 from pipelines.repository import load_family
 from tests.ld3_diffusers.test_inert_pickle import Calls
 
-from .edm_files import golden, make_wrapper, snapshot_bytes, write_edm
+from .edm_files import golden, write_edm
 from .ldm_networks import compvis_unet, compvis_vae, conditional, vq
 from .test_edm_conversion import convert_refused, folder  # noqa: F401
 
@@ -193,6 +194,33 @@ def archive(content, compression=zipfile.ZIP_STORED, **others) -> bytes:
     return stream.getvalue()
 
 
+def nested_key() -> bytes:
+    """A dict whose key is a tuple of the same tuple twice, and so on."""
+    doubled = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+    return b"\x80\x02})" + doubled + b"K\x01s."
+
+
+def nested_list() -> bytes:
+    return b"\x80\x02]" + b"".join(
+        b"q" + bytes([i]) + b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60)
+    )
+
+
+def old_file(content: bytes) -> bytes:
+    """A file of torch.save before 1.6 with this pickle as what was saved."""
+    whole = torch_file({}, _use_new_zipfile_serialization=False)
+    stream = io.BytesIO(whole)
+    for _ in range(3):
+        list(pickletools.genops(stream))
+    return whole[: stream.tell()] + content + pickle.dumps([], 2)
+
+
+def encrypted(content: bytes) -> bytes:
+    """An archive whose directory says that its first part, data.pkl, is encrypted."""
+    entry = content.index(b"PK\x01\x02")
+    return content[: entry + 8] + b"\x01" + content[entry + 9 :]
+
+
 def expanded(shape):
     return torch.zeros(1).expand(shape)
 
@@ -219,6 +247,13 @@ TENSORS = {
     "one storage, many names": (lambda path: torch_file(dict.fromkeys("abcdefgh", torch.zeros(1000))), "larger than the file"),
     "text": (lambda path: b"<html>", "neither a file of torch.save"),
     "empty": (lambda path: b"", "neither a file of torch.save"),
+    "tuples that take forever to hash": (lambda path: archive([1], **{"data.pkl": nested_key()}), "hold more than 1000 values"),
+    "in an old file": (lambda path: old_file(nested_key()), "hold more than 1000 values"),
+    "wide tuples": (lambda path: archive([1], **{"data.pkl": b"\x80\x02})(" + b"K\x01" * 40 + b"tq\x00(" + b"h\x00" * 40 + b"ts."}), "hold more than 1000 values"),
+    "lists that take forever to print": (lambda path: archive([1], **{"data.pkl": nested_list() + b")R."}), "calls what is no name"),
+    "such lists for a storage": (lambda path: archive([1], **{"data.pkl": nested_list() + b"\x85Q."}), "storage in another form"),
+    "encrypted": (lambda path: encrypted(torch_file({"a": torch.zeros(2)})), "is damaged"),
+    "without values": (lambda path: torch_file({"a": torch.zeros(2, device="meta")}), "no plain tensor"),
     "another network": (lambda path: torch_file(OrderedDict(a=torch.zeros(2))), "input_blocks.0.0.weight is missing"),
 }  # fmt: skip
 
@@ -287,20 +322,66 @@ def test_a_write_that_fails_leaves_nothing(folder, monkeypatch, capsys):  # noqa
     assert "No space left on device" in convert_refused(file, folder, capsys)
 
 
-def test_fetched_and_converted(tmp_path):
-    from .test_download import Handler, ThreadingHTTPServer, threading
+def test_weights_that_cannot_be_written_are_told_in_words(folder, monkeypatch, capsys):  # noqa: F811
+    def full(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: No space left on device")
 
-    content = snapshot_bytes(make_wrapper(golden("edm_ddpmpp_uncond")))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.content, server.resumes, server.breaks, server.ranges = content, True, [1000], []
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/edm.pkl"
-        known = ["--size", str(len(content)), "--sha256", hashlib.sha256(content).hexdigest()]
-        main(["edm", str(tmp_path / "a.pkl"), "--output_dir", str(tmp_path / "a"), "--download", url, *known])
-        server.shutdown()
-    assert len(server.ranges) > 1 and load_family(str(tmp_path / "a")).unet.config.sample_size == 16
-    facts = json.loads((tmp_path / "a" / "conversion.json").read_text())
-    assert url not in json.dumps(facts) and facts["sources"][0]["size"] == len(content)
+    file = write_edm(folder / "in" / "a.pkl", golden("edm_ddpmpp_uncond"))
+    monkeypatch.setattr("pipelines.edm.EDMUNet2DModel.save_pretrained", full)
+    assert "cannot write " in convert_refused(file, folder, capsys)
+
+
+SMALL_DISK = """
+import resource, sys
+from pipelines.convert import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # Python ignores the signal
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_in_words(folder):  # noqa: F811
+    file = write_edm(folder / "in" / "a.pkl", golden("edm_ddpmpp_uncond"))
+    command = [sys.executable, "-c", SMALL_DISK, "edm", str(file), "--output_dir", str(folder / "out" / "converted")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1] and os.listdir(folder / "out") == []
+
+
+@pytest.mark.parametrize(
+    "family, state, options, message",
+    [
+        ("ldm", ldm_checkpoint, ("--num_head_channels", "1000"), "num_head_channels 1000 does not divide"),
+        ("ldm", ldm_checkpoint, ("--image_size", "17"), "image_size 17 is not divisible by 2"),
+        ("ldm", lambda: {**ldm_checkpoint(), "betas": -torch.ones(10)}, (), "betas are no list of numbers"),
+        (
+            "adm",
+            lambda: public("guided_unet_cond"),
+            ("--num_head_channels", "32", "--image_size", "17"),
+            "17 is not div",
+        ),
+    ],
+)
+def test_impossible_numbers_are_refused_in_words(folder, capsys, family, state, options, message):  # noqa: F811
+    torch.save(state(), folder / "in" / "a.pt")
+    with pytest.raises(SystemExit) as exit:
+        main([family, str(folder / "in" / "a.pt"), "--output_dir", str(folder / "out" / "a"), *options])
+    assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert os.listdir(folder / "out") == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ZeroDivisionError, IndexError])
+def test_what_building_a_network_raises_is_a_refusal(folder, capsys, monkeypatch, error):  # noqa: F811
+    def fails(*_, **__):
+        raise error("some shape")
+
+    torch.save({"a": torch.zeros(2)}, folder / "in" / "a.pt")
+    for name, family in (("adm_unet", "adm"), ("consistency_unet", "consistency")):
+        monkeypatch.setattr(f"pipelines.convert.{name}", fails)
+        message = convert_refused(folder / "in" / "a.pt", folder, capsys, family)
+        assert "a.pt' makes no such network: some shape" in message
+    monkeypatch.setattr("pipelines.conversion.ldm.pipeline_of", fails)
+    assert "makes no latent diffusion: some shape" in convert_refused(folder / "in" / "a.pt", folder, capsys, "ldm")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipelines.conversion.download import PUBLIC, address, download
+from pipelines.conversion.download import PUBLIC, address, download, file_name
 
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -129,6 +129,29 @@ def test_another_file_that_is_there_is_refused_and_stays(server, tmp_path):
         with pytest.raises(ValueError, match="it was there already"):
             download(server.url, tmp_path / "a.pkl", **known)
     assert (tmp_path / "a.pkl").read_bytes() == b"mine" and server.ranges == []
+
+
+def test_an_empty_answer_is_refused_and_does_not_stay(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(200, b""))
+    with pytest.raises(ValueError, match="is empty; http.* is another file, or damaged"):
+        download(server.url, tmp_path / "a.pkl")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "a.pkl").touch()
+    with pytest.raises(ValueError, match="is empty; it was there already"):
+        download(server.url, tmp_path / "a.pkl")
+
+
+def test_a_file_that_is_there_needs_no_address(server, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(b"mine")
+    download("unknown.pkl", tmp_path / "a.pkl", size=4)
+    with pytest.raises(ValueError, match="'unknown.pkl' is neither an http"):
+        download("unknown.pkl", tmp_path / "b.pkl")
+
+
+def test_names_of_files():
+    assert file_name("cin256-v2.ckpt") == "cin256-v2.ckpt" and file_name("http://a.b/c/d.pt?e=f/g") == "d.pt"
+    with pytest.raises(ValueError, match="names no file"):
+        file_name("http://a.b/")
 
 
 def test_addresses(server, tmp_path):

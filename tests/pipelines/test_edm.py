@@ -4,6 +4,7 @@
 import gzip
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +25,11 @@ from pipelines.edm import (
 )
 from tests.ld3_diffusers.amed_steps import random_predictor
 from tests.pipelines.edm_networks import GOLDEN, golden, network_of
+from training.features import load_feature_network
+from training.teacher import load_teacher
 
 
+ROOT = Path(__file__).parent.parent.parent
 # File and preconditioning; tolerances of float32 are those of the files' README: NCSN++ has phases of several hundred radians.
 CASES = [
     ("edm_ddpmpp_uncond", "EDMPrecond"),
@@ -375,3 +379,20 @@ def test_stages_for_each_sample_attach_to_the_bottleneck():
     alone = pipe(class_labels=2, latents=noise(2)[1:].float(), **given).images
     pipe.scheduler.detach()
     assert torch.allclose(together[1], alone[0], atol=1e-4)
+
+
+# ---------------------------------------------------------------------- the one that ships
+
+
+@torch.no_grad()
+def test_the_shipped_teacher_draws_what_it_is_asked_for():
+    folder = ROOT / "examples" / "teachers" / "fashion-edm"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 6e6
+    pipe = load_teacher(str(folder))
+    labels = torch.arange(10).repeat_interleave(6)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(class_labels=labels, num_inference_steps=10, generator=generator, output_type="pt").images
+    judge = load_feature_network(f"{ROOT}/examples/teachers/fashion_classifier.py:features_of_images")
+    seen = judge.logits((images * 255).round().byte().expand(-1, 3, -1, -1)).argmax(1)
+    # 82.6 % of 500 samples with 50 steps; by chance a tenth
+    assert (seen == labels).double().mean() > 0.6

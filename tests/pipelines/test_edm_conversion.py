@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipelines.conversion.files import read_edm_pickle
 from pipelines.convert import main
 from pipelines.edm import vp_sigma
 from tests.ld3_diffusers.amed_predictor_files import Persistent
-from tests.ld3_diffusers.test_inert_pickle import HOSTILE, Calls, pickled
+from tests.ld3_diffusers.test_inert_pickle import HOSTILE, Calls, nested, pickled
 
 from .edm_files import golden, make_wrapper, persistent, snapshot_bytes, write_edm
 
@@ -198,6 +199,19 @@ def test_source_in_the_file_is_never_run(folder, small, monkeypatch):
 def test_other_arguments_are_refused(tmp_path, small, change, message):
     with pytest.raises(ValueError, match=message):
         edm_pipeline(str(write_edm(tmp_path / "a.pkl", small, **change)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    "num_blocks channel_mult resample_filter sigma_data dropout encoder_type embedding_type decoder_type label_dim".split(),
+)
+def test_arguments_that_would_take_forever_to_print(tmp_path, small, name):
+    value = [nested(30)] if name in ("channel_mult", "resample_filter") else nested(30)
+    file = write_edm(tmp_path / "a.pkl", small, **{name: value})
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="was constructed with"):
+        network_config(read_edm_pickle(file))
+    assert time.monotonic() - started < 1
 
 
 def lose(wrapper):

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2D
 
 from ld3_diffusers import LD3Scheduler
 from pipelines.adm import ADMUNet2DModel
+from pipelines.conversion.files import Unfit
 from pipelines.conversion.ldm import noise_schedule, pipeline_of
 from pipelines.ldm import LatentDiffusionPipeline, LDMClassEmbedder
 
@@ -235,3 +236,62 @@ def test_names_and_shapes_of_conditional_networks(change, message):
     change(state)
     with pytest.raises(ValueError, match=message):
         pipeline_of(state, image_size=16)
+
+
+def spoilt(state: dict, name: str) -> None:
+    state[name] = torch.full_like(state[name], torch.nan)
+
+
+NUMBERS = {  # of a checkpoint -> what is said of it
+    "weights of the network": (lambda s: spoilt(s, "model.diffusion_model.out.2.bias"), "bias that is not of finite numbers"),
+    "weights of the autoencoder": (lambda s: spoilt(s, "first_stage_model.decoder.conv_out.bias"), "bias that is not of finite"),
+    "classes": (lambda s: spoilt(s, CLASS_TABLE), "weight that is not of finite"),
+    "one row": (lambda s: s.update({CLASS_TABLE: torch.zeros(1, 24)}), r"shape \(1, 24\), where a row for each class and"),
+    "one axis": (lambda s: s.update({CLASS_TABLE: torch.zeros(24)}), r"shape \(24,\), where a row for each class and"),
+    **{
+        f"betas {name}": (lambda s, betas=betas: s.update(betas=betas), "betas are no list of numbers between 0 and 1")
+        for name, betas in {
+            "nan": torch.full((10,), torch.nan),
+            "above 1": torch.linspace(1, 200, 10),
+            "negative": torch.full((10,), -0.1),
+            "zero": torch.zeros(10),
+            "complex": torch.full((10,), 0.1 + 0.1j),
+            "whole": torch.ones(10, dtype=torch.int64),
+            "scalar": torch.tensor(0.1),
+            "empty": torch.zeros(0),
+        }.items()
+    },
+    **{
+        f"scale {factor}": (lambda s, factor=factor: s.update(scale_factor=factor), "scale_factor is no positive number")
+        for factor in (torch.tensor(torch.nan), torch.tensor(torch.inf), torch.tensor(0.0), torch.tensor(-1.0), torch.ones(2))
+    },
+}  # fmt: skip
+CLASS_TABLE = "cond_stage_model.embedding.weight"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_impossible_numbers_are_refused(name):
+    change, message = NUMBERS[name]
+    _, _, unet, vae = made("classes")
+    state = checkpoint(unet, vae, **{CLASS_TABLE: torch.zeros(5, 24)})
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        pipeline_of(state, image_size=16)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("classes", {"num_head_channels": 1000}, "num_head_channels 1000 does not divide the 64 channels"),
+        ("classes", {"num_heads": 5}, "num_heads 5 does not divide the 64 channels"),
+        ("bedrooms", {"num_head_channels": 1000}, "num_head_channels 1000 does not divide the 64 channels"),
+        ("classes", {"image_size": 17}, "image_size 17 is not divisible by 2"),
+        ("classes", {"image_size": 2}, "image_size 1 is not divisible by 2"),
+        ("bedrooms", {"image_size": 2}, "image_size 1 is not divisible by 2"),
+    ],
+)
+def test_options_that_do_not_fit(name, options, message):
+    _, _, unet, vae = made(name)
+    classes = {CLASS_TABLE: torch.zeros(5, 24)} if name == "classes" else {}
+    with pytest.raises(Unfit, match=message):
+        pipeline_of(checkpoint(unet, vae, **classes), **{"image_size": 16, **options})

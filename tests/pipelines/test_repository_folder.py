@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from ld3_diffusers import LD3Scheduler
 from pipelines.adm import ADMClassifier, ADMPipeline, ADMUNet2DModel
 from pipelines.edm import EDMPipeline, EDMUNet2DModel
 from pipelines.ldm import LatentDiffusionPipeline, LDMClassEmbedder
-from pipelines.repository import load_family, save_repository
+from pipelines.repository import load_family, new_folder, save_repository
 from training.teacher import load_teacher
 
 from .ldm_networks import conditional, vq
@@ -178,6 +179,13 @@ def test_dtype_and_variant(tmp_path):
         ("unet", ["somewhere.else", "UNet2DModel"], "is not known here"),
         ("scheduler", [["a"], {}], "names no class of the scheduler"),
         ("scheduler", None, "names no scheduler"),
+        ("scheduler", [None, None], "names no class of the scheduler"),
+        ("scheduler", ["diffusers", "UNet2DModel"], "which is not known here"),
+        ("unet", [None, None], "names no class of the unet"),
+        ("unet", ["adm", "ADMClassifier"], "the unet is a 'ADMClassifier' of 'adm', which is not known here"),
+        ("unet", ["diffusers", "DDIMScheduler"], "which is not known here"),
+        ("timestep_scale", "abc", "has 'abc' for timestep_scale, which is a number"),
+        ("timestep_scale", [1000], "has \\[1000\\] for timestep_scale"),
     ],
 )
 def test_parts_of_unknown_classes_are_refused(tmp_path, part, entry, message):
@@ -186,6 +194,14 @@ def test_parts_of_unknown_classes_are_refused(tmp_path, part, entry, message):
     file.write_text(json.dumps({**json.loads(file.read_text()), part: entry}))
     with pytest.raises(ValueError, match=message):
         load_family(str(tmp_path / "a"))
+
+
+def test_a_missing_part_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    make("consistency").save_pretrained(tmp_path / "teacher")
+    shutil.rmtree(tmp_path / "teacher" / "unet")
+    monkeypatch.chdir(tmp_path)  # where `teacher/unet` has the form of a repository's name
+    with pytest.raises(ValueError, match="'teacher' has no folder 'unet'; is it complete"):
+        load_family("teacher")
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -198,3 +214,50 @@ def test_nothing_is_overwritten(tmp_path):
             DiffusionPipeline.from_pretrained(ROOT / "examples" / "teachers" / "fashion-sd"), tmp_path / "b"
         )
     assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["mine"]
+
+
+def test_links_and_dots_are_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("later")
+    for name, real in (("link", "real"), ("dangling", "later"), ("a/../b", "b")):
+        save_repository(make("consistency"), name)
+        assert load_family(str(tmp_path / real)).config.timestep_scale == 1000
+    assert sorted(os.listdir()) == ["b", "dangling", "later", "link", "real"]
+    with pytest.raises(ValueError, match="'new/..' is not an empty folder"):
+        save_repository(make("consistency"), "new/..")
+    assert not Path("new").exists()
+
+
+def test_folders_that_cannot_be_made_are_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "disk")
+        with pytest.raises(ValueError, match="is a mount point, which cannot be replaced"):
+            new_folder(tmp_path / "disk")
+    with (
+        monkeypatch.context() as patch
+    ):  # the folder itself may be written to, not the one that it would be renamed in
+        patch.setattr("os.access", lambda path, _: Path(path) != tmp_path)
+        with pytest.raises(ValueError, match="cannot write into"):
+            new_folder(tmp_path / "disk")
+        with pytest.raises(ValueError, match="cannot write into"):
+            new_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write into .*file'"):
+        new_folder(tmp_path / "file" / "a")
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt(*os.listdir(tmp_path))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="^.a.partial$"):
+        patch.setattr("pipelines.repository.shutil.copyfile", killed)
+        save_repository(make("consistency"), tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / ".a.partial").mkdir()  # by what cannot be caught
+    (tmp_path / ".a.partial" / "old").touch()
+    save_repository(make("consistency"), tmp_path / "a")
+    assert os.listdir(tmp_path) == ["a"] and not (tmp_path / "a" / "old").exists()

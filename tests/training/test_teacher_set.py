@@ -104,6 +104,43 @@ def test_pipelines_that_draw_their_own_noise_store_seeds(name, tmp_path):
     made.check(pipe, guidance_scale=call.get("guidance_scale"))
 
 
+def test_variant_and_end_are_those_asked_for(teacher, prompts, tmp_path, capsys):
+    asked = {"solver_order": 2, "solver_type": "bh1", "final_sigmas_type": "sigma_min", "num_samples": 1}
+    make_teacher_set.main(command(teacher, tmp_path / "set", prompts, **asked))
+    made = TeacherSet.load(tmp_path / "set")
+    assert made.provenance["solver_type"] == "bh1" and made.provenance["final_sigmas_type"] == "sigma_min"
+    noise, end, _ = made.batch([0])
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 32, "width": 32, "output_type": "latent"}
+    pipe, _ = PIPELINES["sd"]()
+    stock, ends = pipe.scheduler.config, {}
+    for kind, last in (("bh1", "sigma_min"), ("bh2", "sigma_min"), ("bh1", "zero")):
+        options = {"solver_type": kind, "final_sigmas_type": last, "solver_order": 2, "discretization": "logsnr"}
+        pipe.scheduler = LD3Scheduler.from_config(stock, solver="unipc", **options)
+        ends[kind, last] = pipe(prompt=["a red fox"], latents=noise, **settings).images
+    scale = end.abs().max()
+    distances = {which: float((end - image).abs().max() / scale) for which, image in ends.items()}
+    assert distances.pop(("bh1", "sigma_min")) < 1e-5 and min(distances.values()) > 1e-4
+    assert "dpmpp has no solver_type 'bh1'" in refuse(
+        command(teacher, tmp_path / "other", prompts, solver="dpmpp", solver_type="bh1"), capsys
+    )
+
+
+def test_sets_that_do_not_record_the_end_stay_valid_and_others_are_told_apart(teacher, prompts, tmp_path, capsys):
+    def argv(name, **end):
+        return command(teacher, tmp_path / name, prompts, num_samples=1, **end)
+
+    make_teacher_set.main(argv("set"))
+    provenance = tmp_path / "set" / "provenance.json"
+    facts = json.loads(provenance.read_text())
+    del facts["final_sigmas_type"]  # as before it could be chosen
+    provenance.write_text(json.dumps(facts))
+    make_teacher_set.main(argv("set"))
+    assert "finished already" in capsys.readouterr().out
+    assert "final_sigmas_type: None, now 'sigma_min'" in refuse(argv("set", final_sigmas_type="sigma_min"), capsys)
+    make_teacher_set.main(argv("to_t_min", final_sigmas_type="sigma_min"))
+    assert "final_sigmas_type: 'sigma_min', now None" in refuse(argv("to_t_min"), capsys)
+
+
 # ---------------------------------------------------------------------- resuming
 
 
