@@ -136,6 +136,17 @@ def test_a_family_stands_alone(file):
     assert relative == []
 
 
+def test_what_families_share_they_share_to_the_letter():
+    shared: dict[str, set[str]] = {}
+    for file in FAMILIES:
+        source = (ROOT / "pipelines" / file).read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef):
+                shared.setdefault(node.name, set()).add(ast.get_source_segment(source, node))
+    assert {"_batch_size", "_integers"} <= shared.keys()
+    assert [name for name, texts in shared.items() if len(texts) > 1] == []
+
+
 def test_library_needs_only_what_it_declares():
     own = LIBRARY_IMPORTS | {"ld3_diffusers"} | sys.stdlib_module_names
     for path in python_files("ld3_diffusers"):
