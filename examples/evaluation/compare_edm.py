@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pixel-space EDM at 3 to 10 evaluations: EDM's own solvers on its grids, stock schedulers, GITS, OSS, AMED and LD3.
+"""A pixel-space EDM at 3 to 10 evaluations: EDM's own solvers on its grids, stock schedulers, GITS, AMED and LD3.
 
     PYTHONPATH=. python examples/evaluation/compare_edm.py --config training/recipes/fashion-edm.yaml
 
@@ -45,7 +45,6 @@ def contenders(recipe: dict) -> list[str]:
             for name, (solver, grids) in SOLVERS.items()
             for grid in grids
         ),
-        f"{recipe['search_oss']['output_dir']}:name=OSS Euler",
         "stock",
     ]
 

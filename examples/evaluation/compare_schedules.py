@@ -35,7 +35,7 @@ def gits_folder(folder: Path, solver: str, rescored: bool) -> Path:
 
 
 def search_and_learn(config: list[str], folder: Path, nfe: list[str]) -> None:
-    """A folder of schedules for each method, with one for each number of evaluations."""
+    """Pairs, and a folder of schedules of LD3 and each kind of GITS, with one for each number of evaluations."""
     make_teacher_set.main(config)
     learned = [*config, "--nfe", *nfe]
     train_ld3.main([*learned, "--allow_worse", "--resume_from_checkpoint", "latest", "--report_to", "none"])
@@ -43,7 +43,6 @@ def search_and_learn(config: list[str], folder: Path, nfe: list[str]) -> None:
         for rescored in (False, True):
             output = ["--output_dir", str(gits_folder(folder, solver, rescored))]
             search_gits.main([*learned, *options, "--rescore" if rescored else "--no-rescore", *output])
-    search_oss.main(learned)
 
 
 def contenders(recipe: dict, folder: Path) -> list[str]:
@@ -80,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe, config = read_recipe(args.config), ["--config", args.config]
     folder = Path(recipe["search_gits"]["output_dir"]).parent
     search_and_learn(config, folder, args.nfe)
+    search_oss.main([*config, "--nfe", *args.nfe])
     seeds = f"{FIRST_SEED}-{FIRST_SEED + args.num_samples - 1}"
     evaluate.main([*config, "--schedulers", *contenders(recipe, folder), "--nfe", *args.nfe, "--seeds", seeds])
 
