@@ -72,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
     )
     adm.add_argument("--num_heads", type=int, help="heads of each attention, instead of their width")
     adm.add_argument(
+        "--noise_schedule",
+        choices=["linear", "cosine"],
+        default="linear",
+        help="the 1000 betas that the checkpoint was trained with, as its own flags call them (default: %(default)s)",
+    )
+    adm.add_argument(
         "--noise_path",
         choices=["vp_discrete", "vp_linear"],
         default="vp_discrete",
@@ -117,8 +123,12 @@ def make_adm(args: argparse.Namespace) -> DiffusionPipeline:
     if args.classifier is not None:
         classifier = network_of(args.classifier, adm_classifier, **heads)
     # clip_sample: the reference clamps its denoised images, and classifier guidance relies on it
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True)
+    linear = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    betas = linear if args.noise_schedule == "linear" else {"beta_schedule": "squaredcos_cap_v2"}
+    scheduler = DDIMScheduler(**betas, clip_sample=True)
     if args.noise_path == "vp_linear":
+        if args.noise_schedule != "linear":
+            raise ValueError("--noise_path vp_linear is that of linear betas; drop it, or --noise_schedule cosine")
         # stock schedulers pass these on unread, LD3Scheduler follows them; Diffusers has no grid of its own there
         scheduler.register_to_config(noise_path="vp_linear", discretization="time_uniform")
     return ADMPipeline(unet, scheduler, classifier)

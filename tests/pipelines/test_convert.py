@@ -4,6 +4,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import pickletools
@@ -92,6 +93,20 @@ def test_adm(tmp_path, guided):
         assert float((logits - expected).abs().max() / expected.abs().max()) < 5e-6
     facts = json.loads((tmp_path / "a" / "conversion.json").read_text())
     assert len(facts["sources"]) == 1 + guided and facts["arguments"]["num_head_channels"] == width
+
+
+def test_adm_of_another_noise_schedule(tmp_path, capsys):
+    torch.save(public("guided_unet_cond"), tmp_path / "unet.pt")
+    given = ["adm", str(tmp_path / "unet.pt"), "--image_size", "16", "--num_head_channels", "32"]
+    given += ["--noise_schedule", "cosine", "--output_dir", str(tmp_path / "a")]
+    with pytest.raises(SystemExit):
+        main([*given, "--noise_path", "vp_linear"])
+    assert "is that of linear betas" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    main(given)
+    found = load_family(str(tmp_path / "a")).scheduler
+    t = torch.tensor([0, 500, 999]) + 1.0
+    cosine = (torch.cos((t / 1000 + 0.008) / 1.008 * torch.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)) ** 2
+    assert torch.allclose(found.alphas_cumprod[[0, 500]], cosine[:2], rtol=1e-3)
 
 
 def test_adm_on_the_path_of_ameds_authors(tmp_path):
