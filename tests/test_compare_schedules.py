@@ -108,6 +108,7 @@ def test_the_page_tells_the_command_that_is_tested_here():
     for recipe in ("fashion-sd", "fashion-flux"):
         command = f"PYTHONPATH=. .venv/bin/python examples/evaluation/compare_schedules.py --config training/recipes/{recipe}.yaml"
         assert command in page
+    assert "PYTHONPATH=. .venv/bin/python examples/evaluation/compare_edm.py --num_samples 256\n" in page
     amed = (
         "PYTHONPATH=. .venv/bin/python examples/evaluation/compare_amed.py --config training/recipes/fashion-sd.yaml"
     )
