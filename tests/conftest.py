@@ -39,6 +39,8 @@ reserved_socket, hf_home = isolate_from_the_hub()
 # Two workers with a thread for each core would get in each other's way. The variable is for the programs that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+# MKL otherwise adds in an order that depends on where in memory weights lie, and loaded ones lie elsewhere than those that were saved.
+os.environ["MKL_CBWR"] = "AUTO,STRICT"
 
 import torch  # noqa: E402
 
