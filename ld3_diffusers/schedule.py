@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .noise_path import NoisePath, float64, shift_flow_time
-from .solvers import ORDERS, VARIANTS, Solver, make_solver
+from .residuals import check_stability, tail_of
+from .solvers import ORDERS, VARIANTS, Row, Solver, make_solver
 from .step_table import StepTable, build_table
 
 
@@ -69,6 +70,7 @@ SCHEDULE_KEYS = (
     "times",
     "network_times",
     "direction_scales",
+    "residuals",
     "predictor",
     "final",
     "checksum",
@@ -77,6 +79,7 @@ SCHEDULE_KEYS = (
 
 
 MAX_NFE = 1000  # as many as most models have training steps; what a schedule costs to check is bounded by it
+MAX_RESIDUAL_ROWS = 64  # of a schedule with residuals, whose whole triangle may be learned
 
 
 def is_number(value) -> bool:
@@ -91,6 +94,11 @@ def is_number(value) -> bool:
 
 def _is_numbers(value) -> bool:
     return isinstance(value, (list, tuple)) and all(map(is_number, value))
+
+
+def _are_residuals(value) -> bool:
+    rows = isinstance(value, list) and len(value) <= MAX_RESIDUAL_ROWS
+    return rows and all(_is_numbers(row) and len(row) <= i + 1 for i, row in enumerate(value))
 
 
 def _names_predictor(value) -> bool:
@@ -108,6 +116,10 @@ ENTRY_TYPES = {
         ("solver", "solver_type", "starting_scale", "noise_path", "prediction_type"),
     ),
     "a mapping": (lambda value: isinstance(value, dict), ("provenance",)),
+    f"a list of at most i + 1 finite numbers for each row i of up to {MAX_RESIDUAL_ROWS}": (
+        _are_residuals,
+        ("residuals",),
+    ),
     "a mapping with a folder and a digest": (_names_predictor, ("predictor",)),
 }
 
@@ -124,6 +136,8 @@ class Schedule:
         prediction_type: of the network that it was learned for.
         final: the times are final: no resolution shift is applied to them, and they do not transfer.
         direction_scales: (levels - 1,) factors of how far each evaluation's row goes, AMED's; None: 1. See [`scaled_direction`].
+        residuals: (levels - 1, window), what was learned of the rows' coefficients, of the newest prediction first; None: the solver's own. See
+            `ld3_diffusers.residuals`.
         predictor: of a schedule whose stages are predicted for each sample (AMED): which network does, see [`AMEDScheduler`].
         checksum: of the table that it was saved with, see [`check_checksum`].
         provenance: plain JSON facts of its making: teacher, guidance scale, resolution, versions.
@@ -136,6 +150,7 @@ class Schedule:
     prediction_type: str = "epsilon"
     final: bool = False
     direction_scales: Tensor | None = None
+    residuals: Tensor | None = None
     predictor: dict[str, Any] | None = None
     checksum: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -151,6 +166,15 @@ class Schedule:
                     f"a schedule of {len(self.times)} times needs {len(self.times) - 1} direction_scales, got "
                     f"{len(self.direction_scales)}"
                 )
+        if self.residuals is not None:
+            object.__setattr__(self, "residuals", float64(self.residuals))
+            if self.residuals.ndim != 2 or len(self.residuals) != len(self.times) - 1:
+                raise ValueError(
+                    f"a schedule of {len(self.times)} times needs residuals of {len(self.times) - 1} rows, got shape "
+                    f"{tuple(self.residuals.shape)}"
+                )
+            if self.direction_scales is not None:
+                raise ValueError("a schedule has direction_scales (AMED) or residuals, not both; drop one of them")
         if self.predictor is not None and (self.direction_scales is None or len(self.times) % 2 == 0):
             raise ValueError(
                 "a schedule with a 'predictor' needs direction_scales, and two rows for each of its steps; make it with "
@@ -185,6 +209,7 @@ class Schedule:
             first += 1  # the first evaluation of a tail is that of the level after
         times, network_times = times[first:], network_times[first:]
         scales = None if self.direction_scales is None else self.direction_scales[first:]
+        residuals = None if self.residuals is None else tail_of(self.residuals, first)
         if mu and path.kind == "flow" and not self.final:
             times, network_times = shift_flow_time(times, mu), shift_flow_time(network_times, mu)
         return build_table(
@@ -197,8 +222,27 @@ class Schedule:
             starting_scale=self.spec.starting_scale,
             first=first,
             direction_scales=scales,
+            residuals=residuals,
             wanted=wanted,
         )
+
+    def check_stability(self, path: NoisePath) -> None:
+        """Raises a `ValueError` if the learned coefficients, where there are some, carry samples far from where the solver would."""
+        if self.residuals is None:
+            return
+        tables = [
+            build_table(
+                self.spec.make(),
+                path,
+                self.times,
+                self.network_times,
+                prediction_type=self.prediction_type,
+                residuals=residuals,
+            )
+            for residuals in (self.residuals, torch.zeros_like(self.residuals))
+        ]
+        learned, own = ([Row(a, list(c[: i + 1])) for i, (a, c) in enumerate(zip(t.state, t.history))] for t in tables)
+        check_stability(learned, own, float(path.sigma(self.times[:1].detach())))
 
     def rounded(self, path: NoisePath, told: Callable[[Tensor], Tensor], *, mu: float = 0.0) -> "Schedule":
         """With network times that become `told(timesteps)` at resolution shift `mu`; the gradient passes the rounding unchanged.
@@ -219,11 +263,17 @@ class Schedule:
             times=self.times.detach().clone(),
             network_times=self.network_times.detach().clone(),
             direction_scales=scales,
+            residuals=None if self.residuals is None else self.residuals.detach().clone(),
         )
 
     def to_dict(self, path: NoisePath) -> dict[str, Any]:
-        """Plain JSON: Python floats, which keep every bit."""
+        """Plain JSON: Python floats, which keep every bit.
+
+        Raises:
+            ValueError: as [`check_stability`].
+        """
         table = self.table(path)
+        self.check_stability(path)
         return {
             **{key: getattr(self.spec, key) for key in SOLVER_KEYS},
             "noise_path": self.noise_path,
@@ -231,11 +281,15 @@ class Schedule:
             "times": self.times.tolist(),
             "network_times": self.network_times.tolist(),
             **({} if self.direction_scales is None else {"direction_scales": self.direction_scales.tolist()}),
+            **({} if self.residuals is None else {"residuals": self._plain_residuals()}),
             **({} if self.predictor is None else {"predictor": dict(self.predictor)}),
             "final": self.final,
             "checksum": table_checksum(table),
             "provenance": dict(self.provenance),
         }
+
+    def _plain_residuals(self) -> list[list[float]]:
+        return [row[: i + 1].tolist() for i, row in enumerate(self.residuals)]
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> "Schedule":
@@ -270,6 +324,9 @@ class Schedule:
         spec.make()
         names = ("noise_path", "prediction_type", "final", "direction_scales", "predictor", "checksum")
         rest = {key: entry[key] for key in names if key in entry}
+        if entry.get("residuals") is not None:
+            width = max(map(len, entry["residuals"]), default=0)
+            rest["residuals"] = float64([[*row, *[0.0] * (width - len(row))] for row in entry["residuals"]])
         return cls(entry["times"], entry.get("network_times"), spec, provenance=entry.get("provenance") or {}, **rest)
 
 
@@ -288,9 +345,12 @@ def table_checksum(table: StepTable) -> float:
 
 def check_checksum(table: StepTable, expected: float | None) -> None:
     """Raises a `ValueError` if this table is not the one that the schedule was saved with."""
-    if expected is None:
-        return
-    actual = table_checksum(table)
+    if expected is not None:
+        same_checksum(table_checksum(table), expected)
+
+
+def same_checksum(actual: float, expected: float) -> None:
+    """Raises a `ValueError` if these differ by more than another machine's rounding."""
     if not abs(actual - expected) <= 1e-9 * (1 + abs(expected)):
         raise ValueError(
             f"this schedule builds another step table than the one it was saved with (checksum {actual:.12g}, saved "
@@ -302,7 +362,7 @@ def interpolate(schedules: dict[int, Schedule], nfe: int, path: NoisePath) -> Sc
     """A schedule for `nfe` evaluations from the learned one with the nearest count (of two, the larger).
 
     Levels and network times are interpolated linearly in i/N, in lambda (rectified flow: in s); a final level of clean data
-    stays. Few-step schedules are not samples of one curve, so expect less than from a learned one.
+    stays; learned coefficients do not. Few-step schedules are not samples of one curve, so expect less than from a learned one.
 
     Raises:
         ValueError: if the nearest schedule's solver has stages that cannot be interpolated.
@@ -320,7 +380,7 @@ def interpolate(schedules: dict[int, Schedule], nfe: int, path: NoisePath) -> Sc
     times = back(_resample(forward(levels), nfe + (not to_zero)))
     network_times = back(_resample(forward(known.network_times), nfe)).clamp(path.t_min, path.t_max)
     times = torch.cat([times, torch.zeros(1, dtype=times.dtype)]) if to_zero else times
-    return replace(known, times=times, network_times=network_times, checksum=None)
+    return replace(known, times=times, network_times=network_times, residuals=None, checksum=None)
 
 
 def _resample(values: Tensor, count: int) -> Tensor:

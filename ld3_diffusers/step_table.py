@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .noise_path import Levels, NoisePath, float64
+from .residuals import data_conversion, in_data_form, with_residuals
 from .solvers import Solver
 from .solvers.rows import Row, scaled_direction
 
@@ -133,6 +134,7 @@ def build_table(
     starting_scale: str | None = None,
     first: int = 0,
     direction_scales=None,
+    residuals: Tensor | None = None,
     wanted: range | None = None,
 ) -> StepTable:
     r"""Fill in a step table.
@@ -148,6 +150,7 @@ def build_table(
         first: index of the first row in the schedule that these times are the tail of.
         direction_scales: (N,) factors of the rows' directions, see [`scaled_direction`]. With them the network's outputs are
             converted as AMED does, see [`conversion`].
+        residuals: (N, window), see [`with_residuals`]; rows then are on data predictions, whatever the solver's form.
         wanted: only these rows, before the first is folded in; of a two-stage solver whole steps.
 
     Raises:
@@ -163,6 +166,8 @@ def build_table(
     if direction_scales is not None:
         direction_scales = float64(direction_scales)[wanted.start : wanted.stop]
         rows = _scaled(rows, direction_scales, solver, first + wanted.start)
+    if residuals is not None:
+        rows, form = with_residuals(in_data_form(rows, *data_conversion(path, form, network_times)), residuals), "data"
     times, network_times = times[wanted.start : wanted.stop + 1], network_times[wanted.start : wanted.stop]
     levels = Levels(*(part[wanted.start : wanted.stop + 1] for part in levels))
     converted_at = None if direction_scales is None else times[:-1]
