@@ -7,6 +7,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .hub import PublishedSchedules, Variant, find_schedules, list_variants, load_scheduler, save_pipeline
 from .importing import import_amed, import_pt, import_sigmas, import_times, scheduler_for
 from .schedule import Schedule, SolverSpec
+from .schedule_curve import ScheduleCurve
 from .schedulers import AMEDScheduler, LD3Scheduler
 
 
@@ -17,6 +18,7 @@ __all__ = [
     "LD3Scheduler",
     "PublishedSchedules",
     "Schedule",
+    "ScheduleCurve",
     "SchedulerMixin",
     "SolverSpec",
     "Variant",

@@ -222,14 +222,15 @@ def _variant(folder: Path, place: str) -> Variant:
             scheduler = kind.from_config(config)  # without predictors
     except ValueError as error:
         raise ValueError(f"the schedules in the subfolder {place!r} cannot be used: {error}") from error
-    entries = list((scheduler.config.schedules or {}).values())
+    curve = scheduler.config.curve
+    entries = [*(scheduler.config.schedules or {}).values(), *([] if curve is None else [curve])]
     provenances = [entry.get("provenance") or {} for entry in entries]
     stages = {schedule.stages for schedule in scheduler.learned_schedules.values()}
     return Variant(
         subfolder=None if place == "." else place,
         solver=_common(entries, "solver", str),
         solver_order=_common(entries, "solver_order", int),
-        nfe=tuple(scheduler.learned_counts),
+        nfe=tuple(scheduler.served_counts),
         guidance_scale=_common(provenances, "guidance_scale", (int, float)),
         height=_common(provenances, "height", int),
         width=_common(provenances, "width", int),

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..noise_path import NoisePath
-from ..schedule import MAX_NFE, Schedule, check_checksum, interpolate
+from ..schedule import MAX_NFE, Schedule, check_checksum, interpolate, same_checksum
+from ..schedule_curve import ScheduleCurve
 from .stock_config import BETA_KEYS
 
 
@@ -14,7 +15,7 @@ COUNTS = frozenset(map(str, range(1, MAX_NFE + 1)))
 
 
 def plain_json(schedules) -> dict[str, Any]:
-    """A deep copy as JSON has it: decimal strings as keys, lists for tuples, finite numbers, no tensors.
+    """A deep copy of schedules by number of evaluations as JSON has it: decimal strings as keys, lists for tuples, finite numbers, no tensors.
 
     Raises:
         ValueError: for what JSON has not.
@@ -27,12 +28,15 @@ def plain_json(schedules) -> dict[str, Any]:
             f"schedules has the keys {str(bad or list(schedules)):.200}; use the number of network evaluations, 1 to "
             f"{MAX_NFE}, as a decimal string, each once"
         )
+    return {str(key): plain_copy(entry, "schedules") for key, entry in schedules.items()}
+
+
+def plain_copy(entry, name: str):
+    """A deep copy as JSON has it, of the option of that name. Raises a `ValueError` for what JSON has not."""
     try:
-        return {str(key): json.loads(json.dumps(entry, allow_nan=False)) for key, entry in schedules.items()}
+        return json.loads(json.dumps(entry, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"schedules must be plain JSON with finite numbers ({error}); see Schedule.to_dict"
-        ) from error
+        raise ValueError(f"{name} must be plain JSON with finite numbers ({error}); see Schedule.to_dict") from error
 
 
 def read_schedules(
@@ -54,14 +58,9 @@ def _read(nfe, entry, config, path, with_predictors) -> Schedule:
         schedule = Schedule.from_dict(entry)
         if schedule.predictor is not None and not with_predictors:
             raise ValueError("its stages are predicted for each sample; load it with AMEDScheduler")
-        # a path of kind "ve" is that of an "edm" config too, which only adds the preconditioning
-        for name, mine in (("prediction_type", config["prediction_type"]), ("noise_path", path.kind)):
-            if mine != getattr(schedule, name):
-                raise ValueError(
-                    f"it was learned for {name}={getattr(schedule, name)!r} but this model has {mine!r}; "
-                    "use a schedule made for this model"
-                )
+        _check_same_model(schedule, config, path)
         check_checksum(schedule.table(path), schedule.checksum)
+        schedule.check_stability(path)
     except (TypeError, ValueError) as error:
         raise ValueError(f"schedules[{nfe!r}]: {error}") from error
     if schedule.nfe != int(nfe):
@@ -71,20 +70,47 @@ def _read(nfe, entry, config, path, with_predictors) -> Schedule:
     return schedule
 
 
+def read_curve(entry: dict[str, Any], config, path: NoisePath) -> ScheduleCurve:
+    """The curve, for the model that `config` describes. Raises a `ValueError` as [`read_schedules`]."""
+    try:
+        curve = ScheduleCurve.from_dict(entry)
+        _check_same_model(curve, config, path)
+        actual = curve.check(path)
+        same_checksum(actual, actual if curve.checksum is None else curve.checksum)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"curve: {error}") from error
+    return curve
+
+
+def _check_same_model(learned: Schedule | ScheduleCurve, config, path) -> None:
+    # a path of kind "ve" is that of an "edm" config too, which only adds the preconditioning
+    for name, mine in (("prediction_type", config["prediction_type"]), ("noise_path", path.kind)):
+        if mine != getattr(learned, name):
+            raise ValueError(
+                f"it was learned for {name}={getattr(learned, name)!r} but this model has {mine!r}; "
+                "use a schedule made for this model"
+            )
+
+
 def learned_schedule(
-    schedules: dict[int, Schedule], nfe: int, path: NoisePath, may_interpolate: bool
+    schedules: dict[int, Schedule], curve: ScheduleCurve | None, nfe: int, path: NoisePath, may_interpolate: bool
 ) -> Schedule | None:
-    """The learned schedule for `nfe` evaluations; None if nothing was learned at all.
+    """The learned schedule for `nfe` evaluations, else that of the curve; None if nothing was learned at all.
 
     Raises:
         ValueError: if there are schedules for other counts only, and interpolation was not asked for.
     """
-    if not schedules or nfe in schedules:
-        return schedules.get(nfe)
-    if not may_interpolate:
+    if nfe in schedules:
+        return schedules[nfe]
+    if curve is not None and curve.serves(nfe):
+        return curve.schedule(nfe, path)
+    if not schedules and curve is None:
+        return None
+    if not (may_interpolate and schedules):
+        counts = [*map(str, sorted(schedules)), *([] if curve is None else ["{} to {}".format(*curve.counts)])]
+        hint = ", or load with interpolate=True" if schedules else ""
         raise ValueError(
-            f"no schedule was learned for {nfe} evaluations; use num_inference_steps = "
-            f"{' or '.join(map(str, sorted(schedules)))}, or load with interpolate=True"
+            f"no schedule was learned for {nfe} evaluations; use num_inference_steps = {' or '.join(counts)}{hint}"
         )
     return interpolate(schedules, nfe, path)
 
@@ -131,9 +157,16 @@ def check_provenance(schedules: dict[int, Schedule], pipe) -> None:
             )
 
 
+def describe_curve(curve: ScheduleCurve) -> str:
+    """One line of a scheduler's `repr`."""
+    facts = ", ".join(f"{k}={v!r}" for k, v in curve.provenance.items() if isinstance(v, (str, int, float)))
+    return f"  {curve.counts[0]} to {curve.counts[1]} evaluations: {curve.spec.solver}, one curve, {facts or 'no provenance'}"
+
+
 def describe(nfe: int, schedule: Schedule) -> str:
     """One line of a scheduler's `repr`."""
     facts = ", ".join(f"{k}={v!r}" for k, v in schedule.provenance.items() if isinstance(v, (str, int, float)))
     kind = "" if schedule.direction_scales is None else " with AMED's static stages"
+    kind = kind if schedule.residuals is None else " with learned coefficients"
     kind = kind if schedule.predictor is None else " with stages predicted for each sample"
     return f"  {nfe} evaluations: {schedule.spec.solver}{kind}, {facts or 'no provenance'}"

@@ -11,9 +11,20 @@ from torch import Tensor
 
 from ..noise_path import float64
 from ..schedule import Schedule, SolverSpec
+from ..schedule_curve import ScheduleCurve
 from ..step_table import Executor, StepTable, conversion
 from .config_file import lookup_errors, read_config_file, without_unknown_options
-from .learned import check_model, check_provenance, describe, learned_schedule, plain_json, read_schedules
+from .learned import (
+    check_model,
+    check_provenance,
+    describe,
+    describe_curve,
+    learned_schedule,
+    plain_copy,
+    plain_json,
+    read_curve,
+    read_schedules,
+)
 from .stock_config import logit_shift, make_noise_path, refuse_grid_flags, stock_overrides
 from .thresholding import check_bounds_data, make_threshold
 from .unlearned import refuse_custom_grids, requested, unlearned_schedule
@@ -46,6 +57,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         solver, solver_order, solver_type, predict_x0, lower_order_final, afs, starting_scale: see [`SolverSpec`]; they serve
             step counts without a learned schedule. A `solver_type` of another solver means this solver's default.
         schedules: mapping from the number of evaluations, a decimal string, to a [`Schedule`] as plain JSON.
+        curve: a [`ScheduleCurve`] as plain JSON, which serves the other counts in its range.
         interpolate: serve a count without a schedule by interpolating the nearest learned one, instead of raising.
         discretization, rho: named grid of `ld3_diffusers.discretization` to use in place of the stock spacings.
         timestep_spacing, steps_offset, final_sigmas_type, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas,
@@ -87,6 +99,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         afs: bool = False,
         starting_scale: str | None = None,
         schedules: dict[str, dict[str, Any]] | None = None,
+        curve: dict[str, Any] | None = None,
         interpolate: bool = False,
         discretization: str | None = None,
         rho: float | None = None,
@@ -131,11 +144,17 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             schedules = plain_json(schedules)
             self.register_to_config(schedules=schedules)
             self._schedules = read_schedules(schedules, self.config, self.path, self.runs_predictors)
-        if self._schedules:
+        self._curve: ScheduleCurve | None = None
+        if curve is not None:
+            curve = plain_copy(curve, "curve")
+            self.register_to_config(curve=curve)
+            self._curve = read_curve(curve, self.config, self.path)
+        if self._schedules or self._curve is not None:
             refuse_grid_flags(self.config)
         self._threshold = make_threshold(self.config)
         if self._threshold is not None:
-            for spec in (self.spec, *(schedule.spec for schedule in self._schedules.values())):
+            learned = [*self._schedules.values(), *([] if self._curve is None else [self._curve])]
+            for spec in (self.spec, *(each.spec for each in learned)):
                 check_bounds_data(spec, self.path)
         self._override: Schedule | None = None
         self._told = None
@@ -188,6 +207,22 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         return dict(self._schedules)
 
     @property
+    def learned_curve(self) -> ScheduleCurve | None:
+        """The curve, which serves other counts, too."""
+        return self._curve
+
+    @property
+    def served_counts(self) -> list[int]:
+        """Numbers of evaluations with a learned schedule, by themselves or from the curve."""
+        curve = () if self._curve is None else range(self._curve.counts[0], self._curve.counts[1] + 1)
+        return sorted({*self._schedules, *curve})
+
+    def learned_schedule(self, nfe: int) -> Schedule | None:
+        """What was learned for `nfe` evaluations, by itself or as part of the curve; None where nothing was."""
+        served = nfe in self.served_counts
+        return learned_schedule(self._schedules, self._curve, nfe, self.path, False) if served else None
+
+    @property
     def schedule(self) -> Schedule | None:
         """The schedule of the last `set_timesteps`, learned or not; None before."""
         return None if self._table is None else self._schedule
@@ -209,11 +244,14 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         """
         if pipe.scheduler is not self:
             check_model(self.config, type(self).from_config(pipe.scheduler.config, schedules=None).config)
-        check_provenance(self._schedules, pipe)
+        curve = {} if self._curve is None else {self._curve.counts[0]: self._curve}
+        check_provenance({**curve, **self._schedules}, pipe)
 
     def __repr__(self) -> str:
         first = f"{type(self).__name__}(noise_path={self.config.noise_path!r}, solver={self.spec.solver!r}"
-        return "\n".join([first, *(describe(nfe, self._schedules[nfe]) for nfe in self.learned_counts), ")"])
+        lines = [describe(nfe, self._schedules[nfe]) for nfe in self.learned_counts]
+        lines += [] if self._curve is None else [describe_curve(self._curve)]
+        return "\n".join([first, *lines, ")"])
 
     # ------------------------------------------------------------------ times
 
@@ -256,8 +294,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
 
     def _choose(self, nfe, timesteps, sigmas, mu) -> tuple[Schedule, StepTable, float]:
         learned = self._override
-        if learned is None and (self._schedules.get(nfe) or self.config.discretization is None):
-            learned = learned_schedule(self._schedules, nfe, self.path, self.config.interpolate)
+        if learned is None and (self.learned_schedule(nfe) is not None or self.config.discretization is None):
+            learned = learned_schedule(self._schedules, self._curve, nfe, self.path, self.config.interpolate)
         if learned is not None:
             if learned.nfe != nfe:
                 raise ValueError(f"the schedule in use makes {learned.nfe} evaluations; set num_inference_steps to it")

@@ -52,7 +52,11 @@ def stock_overrides(config: dict[str, Any], explicit: dict[str, Any]) -> dict[st
     overrides |= _solver_preferences(config, explicit)
     if "discretization" in explicit and explicit["discretization"] != config.get("discretization"):
         overrides["rho"] = None  # the exponent of another grid, which this one may not have
-    if explicit.get("schedules", config.get("schedules")):
+    schedules = explicit.get("schedules", config.get("schedules"))
+    if "schedules" in explicit and schedules is None:
+        overrides["curve"] = None  # whoever asks for no learned schedule wants none from there, either
+    curve = explicit.get("curve", overrides.get("curve", config.get("curve")))
+    if schedules or curve:
         # a named discretization, and its rho, serve the counts without a learned schedule
         asked = [key for key in GRID_KEYS if key in explicit and key not in ("discretization", "rho")]
         if asked:
@@ -66,7 +70,7 @@ def stock_overrides(config: dict[str, Any], explicit: dict[str, Any]) -> dict[st
                 f"a learned schedule brings its own times; ignoring {', '.join(dropped)} of the stock config"
             )
         overrides |= dict.fromkeys(dropped, False)
-        _refuse_other_solver(explicit, explicit.get("schedules", config.get("schedules")))
+        _refuse_other_solver(explicit, schedules, curve)
     return {key: value for key, value in overrides.items() if key not in explicit}
 
 
@@ -110,14 +114,17 @@ def _solver_preferences(config, explicit):
     return overrides
 
 
-def _refuse_other_solver(explicit, schedules):
-    if not isinstance(schedules, dict):
-        return
+def _refuse_other_solver(explicit, schedules, curve):
+    entries = (
+        {f"schedule learned for {nfe} evaluations": schedules[nfe] for nfe in schedules}
+        if isinstance(schedules, dict)
+        else {}
+    )
     for key in SOLVER_CHOICES:
-        for nfe, entry in schedules.items():
+        for what, entry in {**entries, "learned curve": curve}.items():
             if key in explicit and isinstance(entry, dict) and key in entry and entry[key] != explicit[key]:
                 raise ValueError(
-                    f"{key}={explicit[key]!r} contradicts the schedule learned for {nfe} evaluations, which was learned with "
+                    f"{key}={explicit[key]!r} contradicts the {what}, which was learned with "
                     f"{key}={entry[key]!r}; drop the option, or pass schedules=None to sample without the learned schedule"
                 )
 
