@@ -3,10 +3,15 @@ r"""What a learner minimises: the distance of a student's end point from the tea
 
 An objective is a callable `(end, target) -> losses`, both (B, ...) end points and (B,) losses, one a sample; the learner
 averages them. In latent space the end points are compared as they are, in pixel space after decoding.
+
+The recipes "adam" and "published" differentiate any such callable. The default one wants to know what is compared, a
+[`Distance`]: a penalty of the difference of features. To add one, give it features, a function from end points to (B, R) vectors;
+what stands in the place of the teacher's end point may be anything, if `target_features` makes such a vector of it. See
+`examples/clip_objective.py`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,35 +20,102 @@ from .stlpips import ShiftTolerantLPIPS, enlarge, three_channels
 
 
 Objective = Callable[[Tensor, Tensor], Tensor]
+Features = Callable[[Tensor], Tensor]
+# of (B, R) differences: (B,) losses, and weights w, of their shape or (B, 1), with d loss / d difference = 2 w difference / R
+Penalty = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 LOSSES = ("l1", "l2", "huber", "lpips", "stlpips")
 PERCEPTUAL = ("lpips", "stlpips")
 LOSS_SPACES = ("latent", "pixel")
+SMALLEST_DIFFERENCE = 1e-3  # below, the weights of L1 grow no more
+CHANGE = 1e-2  # of an end point along which features are differentiated, relative to its size
 
 
-def l1(end: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference."""
-    return (end - target).abs().flatten(1).mean(1)
-
-
-def l2(end: Tensor, target: Tensor) -> Tensor:
+def mean_square(difference: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared difference.
 
     LD3 divides the sum by C r^2 of the *latents* also where it compares decoded images, which is this times a constant
     (the ratio of both sizes, 48 for Stable Diffusion); learning with Adam or RMSprop is the same.
     """
-    return ((end - target) ** 2).flatten(1).mean(1)
+    return (difference**2).mean(1), torch.ones_like(difference[:, :1])
+
+
+def mean_absolute(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean absolute difference."""
+    return difference.abs().mean(1), 0.5 / difference.detach().abs().clamp(min=SMALLEST_DIFFERENCE)
 
 
 @dataclass(frozen=True)
-class Huber:
-    r"""$\sqrt{d^2 + c^2} - c$ (pseudo-Huber), $d$ the root of the mean squared difference: L2 for close pairs, and far ones,
-    such as those whose image has flipped to another mode, pull no harder than in L1."""
+class PseudoHuber:
+    r"""$\sqrt{d^2 + c^2} - c$, $d$ the root of the mean squared difference: L2 for close pairs, and far ones, such as those whose
+    image has flipped to another mode, pull no harder than in L1."""
 
     c: float = 0.03
 
+    def __call__(self, difference: Tensor) -> tuple[Tensor, Tensor]:
+        root = ((difference**2).mean(1) + self.c**2).sqrt()
+        return root - self.c, 0.5 / root.detach()[:, None]
+
+
+def entries(end: Tensor) -> Tensor:
+    """(B, R): an end point as it is."""
+    return end.flatten(1)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A penalty of the difference of features.
+
+    Attributes:
+        penalty: of differences.
+        features: (B, ...) end points -> (B, R).
+        target_features: the same of targets; None: `features`.
+    """
+
+    penalty: Penalty = mean_square
+    features: Features = entries
+    target_features: Features | None = None
+
     def __call__(self, end: Tensor, target: Tensor) -> Tensor:
-        return (l2(end, target) + self.c**2).sqrt() - self.c
+        return self.penalty(self.features(end) - self._of_target(target))[0]
+
+    def _of_target(self, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (self.target_features or self.features)(target)
+
+    @torch.no_grad()
+    def linearised(self, end: Tensor, target: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) losses, (P,) gradient and (P, P) Gauss-Newton second derivatives of their sum.
+
+        Args:
+            jacobian: (P, B, ...) derivatives of the end points.
+        """
+        features = self.features(end)
+        difference = features - self._of_target(target)
+        losses, weights = self.penalty(difference)
+        of_features = torch.stack([self._along(direction, end, features) for direction in jacobian]).flatten(1)
+        scale = 2 / difference.shape[1]
+        weighted = of_features * (scale * weights).expand_as(difference).flatten()
+        return losses, weighted @ difference.flatten(), weighted @ of_features.T
+
+    def _along(self, direction: Tensor, end: Tensor, features: Tensor) -> Tensor:
+        """(B, R) derivatives of the features along a direction, from a finite change."""
+        if self.features is entries:
+            return entries(direction)
+        size = direction.flatten(1).norm(dim=1)
+        step = CHANGE * end.flatten(1).norm(dim=1) / size.clamp(min=1e-30)
+        moved = end + step.view(-1, *[1] * (end.ndim - 1)) * direction
+        change = (self.features(moved) - features) / step[:, None]
+        return torch.where(size[:, None] > 0, change, torch.zeros_like(change))
+
+
+l1 = Distance(mean_absolute)
+l2 = Distance(mean_square)
+
+
+def huber(c: float = 0.03) -> Distance:
+    """[`PseudoHuber`] of the end points."""
+    return Distance(PseudoHuber(c))
 
 
 class LPIPS:
@@ -82,17 +154,15 @@ class LPIPS:
         return self.network(end, target).flatten()
 
 
-class _ShiftTolerant:
-    def __init__(self):
-        self.network = ShiftTolerantLPIPS()
-
-    def __call__(self, end: Tensor, target: Tensor) -> Tensor:
-        return self.network.to(end.device)(end, target)
+def shift_tolerant() -> Distance:
+    """Shift-tolerant LPIPS, see [`ShiftTolerantLPIPS`]."""
+    network = ShiftTolerantLPIPS()
+    return Distance(mean_square, lambda images: network.to(images.device).embedded(images))
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A distance of decoded images; `decode` maps latents to pixels in [-1, 1]."""
+    """A distance of decoded images that is no [`Distance`]; `decode` maps latents to pixels in [-1, 1]."""
 
     distance: Objective
     decode: Callable[[Tensor], Tensor]
@@ -101,6 +171,14 @@ class Decoded:
         with torch.no_grad():
             target = self.decode(target)
         return self.distance(self.decode(end), target)
+
+
+def decoded(distance: Objective, decode: Callable[[Tensor], Tensor]) -> Objective:
+    """The distance of decoded images; `decode` maps latents to pixels in [-1, 1]."""
+    if not isinstance(distance, Distance):
+        return Decoded(distance, decode)
+    features, of_target = distance.features, distance.target_features
+    return replace(distance, features=lambda end: features(decode(end)), target_features=of_target)
 
 
 def make_distance(loss: str, loss_space: str, lpips_net: str = "vgg") -> Objective:
@@ -119,8 +197,8 @@ def make_distance(loss: str, loss_space: str, lpips_net: str = "vgg") -> Objecti
     makers = {
         "l1": lambda: l1,
         "l2": lambda: l2,
-        "huber": Huber,
-        "stlpips": _ShiftTolerant,
+        "huber": huber,
+        "stlpips": shift_tolerant,
         "lpips": lambda: LPIPS(lpips_net),
     }
     return makers[loss]()
@@ -149,4 +227,4 @@ def make_objective(
         return distance
     if decode is None:
         raise ValueError("loss_space='pixel' needs a decoder; use loss_space='latent' for models without one")
-    return Decoded(distance, decode)
+    return decoded(distance, decode)

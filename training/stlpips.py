@@ -65,14 +65,18 @@ class ShiftTolerantLPIPS(torch.nn.Module):
             found.append(x)
         return found
 
+    def embedded(self, images: Tensor) -> Tensor:
+        """(B, R) vectors, the mean of whose squared difference is the distance: $\\sqrt{R w_{lc}/hw}\\,\\hat f_{lchw}$."""
+        parts = []
+        for layer, f in enumerate(self.features(enlarge(three_channels(images.float()), SMALLEST_SIDE))):
+            f = f / ((f**2).sum(1, keepdim=True).sqrt() + 1e-10)
+            weight = getattr(self, f"lin{layer}_model_1_weight") / (f.shape[2] * f.shape[3])
+            parts.append((weight.sqrt() * f).flatten(1))
+        together = torch.cat(parts, 1)
+        return together * together.shape[1] ** 0.5
+
     def forward(self, end: Tensor, target: Tensor) -> Tensor:
-        end, target = (enlarge(three_channels(images.float()), SMALLEST_SIDE) for images in (end, target))
-        total = end.new_zeros(len(end))
-        for layer, (f, g) in enumerate(zip(self.features(end), self.features(target))):
-            f, g = (x / ((x**2).sum(1, keepdim=True).sqrt() + 1e-10) for x in (f, g))
-            weight = getattr(self, f"lin{layer}_model_1_weight")
-            total = total + ((f - g) ** 2 * weight).sum(1).mean((1, 2))
-        return total
+        return ((self.embedded(end) - self.embedded(target)) ** 2).mean(1)
 
 
 def three_channels(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from training.decoding import decode
-from training.objectives import Decoded, Huber, l1, l2, make_objective
+from training.objectives import Decoded, Distance, decoded, huber, l1, l2, make_objective, mean_square, shift_tolerant
 from training.stlpips import ShiftTolerantLPIPS, enlarge
 
 
@@ -26,7 +26,7 @@ def test_distances_are_what_they_say_for_each_sample():
     target = torch.stack([torch.full((3, 2, 2), 3.0), torch.tensor([[1.0, 0], [0, 0]]).expand(3, 2, 2)])
     torch.testing.assert_close(l1(end, target), torch.tensor([3.0, 0.25]))
     torch.testing.assert_close(l2(end, target), torch.tensor([9.0, 0.25]))
-    torch.testing.assert_close(Huber(c=4.0)(end, target), torch.tensor([1.0, (0.25 + 16) ** 0.5 - 4]))
+    torch.testing.assert_close(huber(c=4.0)(end, target), torch.tensor([1.0, (0.25 + 16) ** 0.5 - 4]))
 
 
 def test_l2_is_the_published_sum_over_the_size():
@@ -56,11 +56,11 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32_and_stays_a
 def test_huber_is_l2_for_close_pairs_and_l1_for_far_ones():
     target = torch.zeros(1, 4)
     near, far = torch.full((1, 4), 1e-4), torch.full((1, 4), 1e3)
-    huber = Huber(c=0.03)
+    near_and_far = huber(c=0.03)
     torch.testing.assert_close(
-        huber(near.double(), target.double()), l2(near, target).double() / 0.06, rtol=1e-4, atol=0
+        near_and_far(near.double(), target.double()), l2(near, target).double() / 0.06, rtol=1e-4, atol=0
     )
-    torch.testing.assert_close(huber(far, target), l1(far, target), rtol=1e-4, atol=0)
+    torch.testing.assert_close(near_and_far(far, target), l1(far, target), rtol=1e-4, atol=0)
 
 
 def test_pixel_space_decodes_both_and_gives_gradients_to_the_student_alone():
@@ -71,12 +71,64 @@ def test_pixel_space_decodes_both_and_gives_gradients_to_the_student_alone():
         return 2 * latents
 
     end, target = random(2, 4).requires_grad_(), random(2, 4, seed=1).requires_grad_()
-    objective = make_objective("l2", loss_space="pixel", decode=decode)
-    assert isinstance(objective, Decoded)
-    losses = objective(end, target)
-    torch.testing.assert_close(losses, 4 * l2(end, target))
-    losses.sum().backward()
-    assert end.grad is not None and target.grad is None
+    # a distance of features stays one, and anything else that compares images is decoded for
+    objectives = (
+        make_objective("l2", loss_space="pixel", decode=decode),
+        decoded(lambda end, target: l2(end, target), decode),
+    )
+    assert [type(objective) for objective in objectives] == [Distance, Decoded]
+    for objective in objectives:
+        end.grad = None
+        losses = objective(end, target)
+        torch.testing.assert_close(losses, 4 * l2(end, target))
+        losses.sum().backward()
+        assert end.grad is not None and target.grad is None
+
+
+def linear_student(parameters=5, samples=3, seed=0):
+    """End points that are linear in some parameters, their Jacobian, and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    base, target = torch.randn(2, samples, 1, 6, 6, generator=generator, dtype=torch.float64)
+    jacobian = torch.randn(parameters, samples, 1, 6, 6, generator=generator, dtype=torch.float64)
+    return (lambda theta: base + torch.einsum("p,p...->...", theta, jacobian)), jacobian, target
+
+
+CURVED = Distance(mean_square, lambda images: torch.tanh(0.3 * images).flatten(1))
+
+
+@pytest.mark.parametrize("objective", [l2, l1, huber(0.5), CURVED], ids=["l2", "l1", "huber", "features"])
+def test_linearised_losses_have_the_gradient_of_the_losses(objective):
+    student, jacobian, target = linear_student()
+    theta = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    losses = objective(student(theta), target)
+    (expected,) = torch.autograd.grad(losses.sum(), theta)
+    found, gradient, hessian = objective.linearised(student(theta.detach()), target, jacobian)
+    torch.testing.assert_close(found, losses.detach())
+    torch.testing.assert_close(gradient, expected, rtol=0.02, atol=1e-3)  # features change along finite steps
+    torch.testing.assert_close(hessian, hessian.T)
+    assert torch.linalg.eigvalsh(hessian).min() > 0
+
+
+def test_of_a_linear_student_the_second_derivatives_of_l2_are_exact():
+    student, jacobian, target = linear_student()
+    theta = torch.zeros(5, dtype=torch.float64)
+    exact = torch.autograd.functional.hessian(lambda theta: l2(student(theta), target).sum(), theta)
+    _, gradient, hessian = l2.linearised(student(theta), target, jacobian)
+    torch.testing.assert_close(hessian, exact)
+    best = -torch.linalg.solve(hessian, gradient)
+    assert l2(student(best), target).sum() < l2(student(1.01 * best), target).sum()
+
+
+def test_what_stands_in_the_place_of_a_teacher_s_end_point_may_be_anything():
+    end, directions = random(2, 1, 4, 4), random(2, 3, seed=3)
+    toward = Distance(mean_square, lambda images: images.flatten(1)[:, :3], target_features=lambda target: target)
+    torch.testing.assert_close(toward(end, directions), ((end.flatten(1)[:, :3] - directions) ** 2).mean(1))
+    behind = decoded(toward, lambda latents: 2 * latents)
+    torch.testing.assert_close(behind(end, directions), toward(2 * end, directions))
+    _, gradient, _ = toward.linearised(end, directions, torch.ones(1, 2, 1, 4, 4))
+    torch.testing.assert_close(
+        gradient, (2 * (end.flatten(1)[:, :3] - directions) / 3).sum()[None], rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +164,12 @@ def test_stlpips_has_its_package_s_values(stlpips):
     first, second = (torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
     expected = torch.tensor([0.038261272, 0.038307667, 0.039725728])
     torch.testing.assert_close(stlpips(first, second), expected, rtol=1e-5, atol=1e-7)
+
+
+@needs_weights
+def test_as_a_loss_it_compares_vectors(stlpips):
+    first, second = random(2, 1, 32, 32), random(2, 1, 32, 32, seed=1)
+    torch.testing.assert_close(shift_tolerant()(first, second), stlpips(first, second))
 
 
 @needs_weights
