@@ -38,14 +38,12 @@ STAND_INS = {"fashion-flux": ("tiny-flux", []), "sd15": ("tiny-sd", ["--variant=
 SHORTER = {
     "tiny-sd": {
         "training.make_teacher_set": ["--num_samples", "32"],
-        "training.train_ld3": ["--nfe", "5", "--num_train", "22", "--num_valid", "10", "--max_train_steps", "40"]
-        + ["--train_batch_size", "8"],
+        "training.train_ld3": ["--nfe", "5", "--num_train", "22", "--num_valid", "10"],
         "training.publish": ["--nfe", "5", "--num_samples", "24"],
     },
     "tiny-flux": {
         "training.make_teacher_set": ["--num_samples", "32", "--max_sequence_length", "16"],
-        "training.train_ld3": ["--nfe", "5", "--num_train", "22", "--num_valid", "10", "--max_train_steps", "40"]
-        + ["--train_batch_size", "8"],
+        "training.train_ld3": ["--nfe", "5", "--num_train", "22", "--num_valid", "10"],
         "training.publish": ["--nfe", "5", "--num_samples", "24"],
         "training.search_gits": ["--nfe", "5", "--num_train", "8", "--num_valid", "4", "--num_grid_points", "12"],
         "training.search_oss": ["--nfe", "5", "--num_train", "4", "--num_valid", "4", "--num_grid_points", "12"],

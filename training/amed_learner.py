@@ -19,7 +19,7 @@ from ld3_diffusers import AMEDPredictor
 from .amed_student import Progress, Student
 from .amed_trajectories import Trajectories
 from .learner import Problem, split
-from .learner_default import MOST_SKIPPED
+from .learner_adam import MOST_SKIPPED
 
 
 LARGEST_GRADIENT = 1e5  # in place of an infinite one, as published

@@ -125,7 +125,7 @@ def measure(
     result, entries = {}, scheduler.config.schedules
     for nfe in nfes:
         schedule = scheduler.learned_schedules[int(nfe)]
-        setting = setting_of(schedule.spec, schedule.stages)
+        setting = setting_of(schedule.spec, schedule)
         subject = Contender(how_made({nfe: entries[nfe]}), copy_of(scheduler), int(nfe), setting)
         result[nfe] = subject, list(stock_contenders(stock, int(nfe)))
     batch_size = pairs.provenance["shard_size"]

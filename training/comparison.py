@@ -61,7 +61,7 @@ class Contender:
     def stages(self) -> str | None:
         """How AMED's stages are placed in its schedule, see [`Schedule.stages`]; None for one without, or none of ours."""
         ours = isinstance(self.scheduler, LD3Scheduler)
-        learned = self.scheduler.learned_schedules.get(self.num_inference_steps) if ours else None
+        learned = self.scheduler.learned_schedule(self.num_inference_steps) if ours else None
         return None if learned is None else learned.stages
 
 

@@ -66,6 +66,18 @@ def batch_size(conditioning: Conditioning) -> int | None:
     return max((len(value) for value in conditioning.values()), default=None)
 
 
+def repeated(conditioning: Conditioning, times: int) -> Conditioning:
+    """For a batch that is `times` copies of another, one after the other; single rows, which serve any batch, stay."""
+    return {
+        name: value
+        if len(value) == 1
+        else value.repeat(times, *[1] * (value.ndim - 1))
+        if isinstance(value, Tensor)
+        else times * value
+        for name, value in conditioning.items()
+    }
+
+
 def expanded(conditioning: Conditioning, batch: int, device) -> Conditioning:
     """On `device`, with single rows repeated over the batch.
 

@@ -214,19 +214,22 @@ class NamedScheduler:
             _set_timesteps(scheduler, nfe, LD3Scheduler)
         except ValueError as error:
             raise NoSchedule(str(error)) from error
-        learned = scheduler.learned_schedules.get(nfe)
+        learned = scheduler.learned_schedule(nfe)
         if learned is not None:
-            return copy_of(self.scheduler), nfe, setting_of(learned.spec, learned.stages)
+            return copy_of(self.scheduler), nfe, setting_of(learned.spec, learned)
         grid = "interpolated" if scheduler.learned_counts else scheduler.config.discretization or "stock grid"
         return copy_of(self.scheduler), nfe, f"{setting_of(scheduler.spec)}, {grid}"
 
 
-def setting_of(spec: SolverSpec, stages: str | None = None) -> str:
-    """A solver in tables, e.g. "unipc 3", and how AMED's stages are placed."""
+def setting_of(spec: SolverSpec, learned: Schedule | None = None) -> str:
+    """A solver in tables, e.g. "unipc 3", and what more a schedule has learned of it: coefficients, or where AMED's stages are."""
     solver = spec.make()
-    name = f"{solver.name} {solver.order}" if getattr(solver, "order", None) else solver.name
-    name += ", analytical first step" if spec.afs else ""
-    return name if stages is None else f"{name}, {'static stages' if stages == 'static' else 'stages per sample'}"
+    parts = [f"{solver.name} {solver.order}" if getattr(solver, "order", None) else solver.name]
+    parts += ["analytical first step"] if spec.afs else []
+    if learned is not None and learned.stages is not None:
+        parts.append("static stages" if learned.stages == "static" else "stages per sample")
+    parts += ["learned coefficients"] if learned is not None and learned.residuals is not None else []
+    return ", ".join(parts)
 
 
 def scheduler_from(config: Mapping[str, Any], predictors: Mapping[int, AMEDPredictor]) -> LD3Scheduler:
@@ -251,16 +254,18 @@ def _saved(spec: SchedulerSpec, options: dict[str, Any]) -> LD3Scheduler:
     """Learned schedules, with another solver where options say so."""
     place = {key: spec.options[key] for key in PLACES if key in spec.options}
     scheduler = load_scheduler(spec.source, **place)
-    if not scheduler.learned_counts:
+    if not scheduler.served_counts:
         return LD3Scheduler.from_config(scheduler.config, **options)
     solver = {key: value for key, value in options.items() if key in SOLVER_KEYS}
+    if solver and scheduler.learned_curve is not None:
+        raise ValueError("a curve serves the solver that it was learned with; drop the solver's options")
     entries = {
         str(nfe): _with_solver(scheduler.learned_schedules[nfe], solver).to_dict(scheduler.path)
         if solver
         else scheduler.config.schedules[str(nfe)]
         for nfe in scheduler.learned_counts
     }
-    return copy_of(scheduler, schedules=entries, **options)
+    return copy_of(scheduler, schedules=entries or None, curve=scheduler.config.curve, **options)
 
 
 def _with_solver(schedule: Schedule, options: dict[str, Any]) -> Schedule:
@@ -279,6 +284,10 @@ def _with_solver(schedule: Schedule, options: dict[str, Any]) -> Schedule:
         raise ValueError(
             f"AMED's stages were learned for {setting_of(own)} and serve no other solver; drop {given}, or train them with "
             "training.train_amed"
+        )
+    if schedule.residuals is not None and other != own:
+        raise ValueError(
+            f"coefficients were learned for {setting_of(own)} and serve no other solver; drop the solver's options"
         )
     stages = {spec.make().stages for spec in (own, other)}
     if len(stages) > 1 or other.afs != own.afs or (stages == {2} and other.solver != own.solver):
@@ -318,7 +327,7 @@ def solver_of(contender: Contender) -> str | None:
     scheduler = contender.scheduler
     if not isinstance(scheduler, LD3Scheduler):
         return None
-    learned = scheduler.learned_schedules.get(contender.num_inference_steps)
+    learned = scheduler.learned_schedule(contender.num_inference_steps)
     return (scheduler.spec if learned is None else learned.spec).solver
 
 

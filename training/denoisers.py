@@ -88,7 +88,7 @@ class Calls:
     def finish(self, steps: int) -> None:
         """Book the forward calls of `steps` sampler steps; later calls are recomputations and backward passes."""
         self.evaluations.forward += steps * self.batch
-        self.weight = steps * self.batch / self.forward
+        self.weight = steps * self.batch / max(self.forward, 1)  # compiled networks are not seen
 
     def recompute(self) -> None:
         self.evaluations.recomputed += self.weight

@@ -100,7 +100,12 @@ def add_metric_arguments(parser) -> None:
     metrics.add_argument(
         "--blocks", type=int, default=5, help="of seeds, for the spread between them; 0: none (default: %(default)s)"
     )
-    metrics.add_argument("--local_errors", action="store_true", help="of each step of our own schedulers")
+    metrics.add_argument(
+        "--local_errors",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="of each step of our own schedulers",
+    )
     metrics.add_argument(
         "--save_images", type=int, default=8, help="keep pictures of the first so many samples (default: %(default)s)"
     )

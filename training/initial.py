@@ -12,6 +12,7 @@ from torch import Tensor
 from ld3_diffusers.discretization import DISCRETIZATIONS, discretization, discretization_to_zero, stock_times
 from ld3_diffusers.noise_path import NoisePath
 from ld3_diffusers.schedule import Schedule, SolverSpec
+from ld3_diffusers.schedule_curve import ScheduleCurve
 
 from .learner import Problem
 
@@ -25,6 +26,8 @@ GRIDS = {
     "flow": ("time_uniform", "flow_linear", "time_quadratic", "edm"),
 }
 STOCK = ("stock", "stock_karras", "stock_exponential")
+FEW_PAIRS = 32  # that tell good hand-made grids from bad ones
+RIVALS = 3  # of which as many are compared on all pairs
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 BEFORE_ZERO = (
     "_before_zero"  # the named grid ends at t_min and the step to 0 comes after; else 0 stands for its last level
@@ -136,14 +139,30 @@ def candidates(
 
 
 def grid_search(
-    problem: Problem, schedules: dict[str, Schedule], *, pairs: str = "train", batch_size: int | None = None
+    problem: Problem,
+    schedules: dict[str, Schedule],
+    *,
+    pairs: str = "train",
+    batch_size: int | None = None,
+    count: int | None = None,
 ) -> dict[str, float]:
-    """Mean loss of each schedule on the training ("train") or validation ("valid") pairs, best first; not finite ones last."""
+    """Mean loss of each schedule on the first `count` (all) training ("train") or validation ("valid") pairs, best first; not finite ones
+    last."""
+    judges = getattr(problem, pairs)
+    count = len(judges) if count is None else min(count, len(judges))
     losses = {
-        name: problem.mean_loss(schedule, getattr(problem, pairs), batch_size) for name, schedule in schedules.items()
+        name: problem.mean_loss(schedule, judges, batch_size, count=count) for name, schedule in schedules.items()
     }
     order = sorted(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
     return {name: losses[name] for name in order}
+
+
+def rivals(problem: Problem, grids: dict[str, Schedule], batch_size: int | None = None) -> dict[str, float]:
+    """Mean losses on all validation pairs of the hand-made grids that are best on the first of them, best first."""
+    first = grid_search(problem, grids, pairs="valid", batch_size=batch_size, count=FEW_PAIRS)
+    return grid_search(
+        problem, {name: grids[name] for name in list(first)[:RIVALS]}, pairs="valid", batch_size=batch_size
+    )
 
 
 class LosesToGrid(ValueError):
@@ -162,7 +181,8 @@ def refuse_worse(nfe: int, loss: float, rivals: dict[str, float]) -> None:
 
 
 def saved_schedule(folder: str | Path, path: NoisePath, nfe: int, spec: SolverSpec, prediction_type: str) -> Schedule:
-    """The schedule for `nfe` evaluations in a saved scheduler's config, with another solver if `spec` says so.
+    """The schedule for `nfe` evaluations in a saved scheduler's config, or its curve's, with another solver if `spec` says so, which leaves
+    learned coefficients behind.
 
     Raises:
         ValueError: if there is none, or it belongs to another model family.
@@ -170,16 +190,22 @@ def saved_schedule(folder: str | Path, path: NoisePath, nfe: int, spec: SolverSp
     file = Path(folder)
     file = file / "scheduler_config.json" if file.is_dir() else file
     try:
-        entries = json.loads(file.read_text(encoding="utf-8")).get("schedules") or {}
+        config = json.loads(file.read_text(encoding="utf-8"))
+        entries, curve = config.get("schedules") or {}, config.get("curve")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise ValueError(
             f"cannot read a schedule from {str(folder)!r} ({error}); give a folder with a scheduler_config.json"
         ) from error
-    if str(nfe) not in entries:
+    curve = None if curve is None else ScheduleCurve.from_dict(curve)
+    if str(nfe) in entries:
+        schedule = Schedule.from_dict(entries[str(nfe)])
+    elif curve is not None and curve.serves(nfe):
+        schedule = curve.schedule(nfe, path)
+    else:
+        counts = [*entries, *([] if curve is None else ["{} to {}".format(*curve.counts)])]
         raise ValueError(
-            f"{str(folder)!r} has no schedule for {nfe} evaluations, only for {', '.join(entries) or 'none'}; start from a grid"
+            f"{str(folder)!r} has no schedule for {nfe} evaluations, only for {', '.join(counts) or 'none'}; start from a grid"
         )
-    schedule = Schedule.from_dict(entries[str(nfe)])
     for name, mine, its in (
         ("noise path", path.kind, schedule.noise_path),
         ("prediction type", prediction_type, schedule.prediction_type),
@@ -196,4 +222,5 @@ def saved_schedule(folder: str | Path, path: NoisePath, nfe: int, spec: SolverSp
     levels = {solver.make().stages for solver in (spec, schedule.spec)}
     if len(levels) > 1 or spec.afs != schedule.spec.afs or (levels == {2} and spec.solver != schedule.spec.solver):
         raise ValueError(f"{spec.solver} cannot start from levels made for {schedule.spec.solver}; start from a grid")
-    return replace(schedule, spec=spec, checksum=None)
+    residuals = schedule.residuals if spec.make() == schedule.spec.make() else None
+    return replace(schedule, spec=spec, residuals=residuals, checksum=None)

@@ -5,7 +5,7 @@ Minimised is the mean over pairs of $d(\Psi_\xi(x'), \Psi^*(x_T))$ where $\Psi^*
 with schedule $\xi$, and $x' = x_T$ unless the objective is relaxed (LD3, arXiv:2405.15506: $x'$ within a small ball around
 $x_T$). A rollout is any callable `(schedule, noise, conditioning) -> end`, differentiable in the schedule's times.
 
-Nothing here knows a model. Two recipes: `learner_default` and `learner_published`.
+Nothing here knows a model. Three recipes: `learner_default`, `learner_adam` and `learner_published`.
 """
 
 import math
@@ -20,9 +20,12 @@ from torch import Tensor
 
 from ld3_diffusers.noise_path import NoisePath
 from ld3_diffusers.schedule import Schedule
+from ld3_diffusers.schedule_curve import ScheduleCurve
 
 from .checkpoint import Checkpoints
+from .curve_parameters import CurveParameters
 from .objectives import Objective, l2
+from .parameters import GapParameters
 from .processes import is_main, num_processes, on_main, share
 from .recipe import DefaultRecipe, Recipe
 
@@ -108,7 +111,7 @@ class Problem:
             losses = self.losses(schedule, with_moved(noise, indices, moved), target, conditioning)
         return losses.double().cpu()
 
-    def mean_loss(
+    def each_loss(
         self,
         schedule: Schedule,
         pairs: Pairs,
@@ -116,11 +119,14 @@ class Problem:
         *,
         count: int | None = None,
         moved: Mapping[int, Tensor] | None = None,
-    ) -> float:
-        """Mean loss over the first `count` pairs (all), `batch_size` (all) at once, from their own or from moved noises."""
+    ) -> Tensor:
+        """Losses of the first `count` pairs (all), `batch_size` (all) at once, from their own or from moved noises."""
         parts = split(range(len(pairs) if count is None else count), batch_size)
-        losses = self.share(parts, lambda part: self.losses_of(schedule, pairs, part, moved or {}))
-        return float(torch.cat(losses).mean())
+        return torch.cat(self.share(parts, lambda part: self.losses_of(schedule, pairs, part, moved or {})))
+
+    def mean_loss(self, schedule: Schedule, pairs: Pairs, batch_size: int | None = None, **options) -> float:
+        """Their mean; see [`each_loss`]."""
+        return float(self.each_loss(schedule, pairs, batch_size, **options).mean())
 
 
 @dataclass
@@ -128,12 +134,13 @@ class LearnResult:
     """What learning returns.
 
     Attributes:
-        schedule: the best one, with its losses in `provenance`.
+        schedule: the best one, or the best curve.
         history: one dict of numbers an iteration.
-        initial_loss, loss: validation loss of the initial and of the returned schedule, on unmoved noise.
+        initial_loss, loss: validation loss of the initial and of the returned schedule, on unmoved noise; of a curve the geometric mean over
+            the counts that it was learned on.
     """
 
-    schedule: Schedule
+    schedule: Schedule | ScheduleCurve
     history: list[dict[str, float]] = field(default_factory=list)
     initial_loss: float = math.nan
     loss: float = math.nan
@@ -143,7 +150,7 @@ def learn(
     rollout: Callable[[Schedule, Tensor, dict], Tensor],
     train_pairs: Pairs,
     valid_pairs: Pairs,
-    initial: Schedule,
+    initial: Schedule | Mapping[int, Schedule],
     recipe: Recipe | None = None,
     *,
     path: NoisePath,
@@ -163,9 +170,9 @@ def learn(
     Args:
         rollout: `(schedule, noise, conditioning) -> end`.
         train_pairs, valid_pairs: see [`Pairs`].
-        initial: where the default recipe starts. The published one takes its path ends, its count and its solver from it
+        initial: where learning starts; by number of evaluations, for a curve that serves them all. The published recipe takes its path ends, its count and its solver from it
             and starts from its own uniform grid.
-        recipe: [`DefaultRecipe`] or [`PublishedRecipe`].
+        recipe: [`DefaultRecipe`], [`AdamRecipe`] or [`PublishedRecipe`].
         path: noise path of `initial`.
         objective: see `objectives`.
         seed: of the order of the pairs.
@@ -179,7 +186,8 @@ def learn(
     Raises:
         ValueError: if the losses are not finite, or a checkpoint belongs to another run.
     """
-    from .learner_default import DefaultLearner
+    from .learner_adam import AdamLearner
+    from .learner_default import DefaultLearner, geometric_mean
     from .learner_published import PublishedLearner
 
     recipe = DefaultRecipe() if recipe is None else recipe
@@ -188,18 +196,40 @@ def learn(
     identity = {**_identity(recipe, initial, problem, seed), **(facts or {})}
     # The main process reads for all, whose disks may be others.
     state = on_main(lambda: checkpoints.load(resume_from_checkpoint, identity), accelerator)
-    kind = DefaultLearner if recipe.name == "default" else PublishedLearner
-    learner = kind(problem, recipe, initial, seed)
+    if recipe.name == "default":
+        learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, path))
+    elif isinstance(initial, Mapping):
+        raise ValueError("curves are learned by the recipe 'default' only; use it, or learn a schedule for each count")
+    else:
+        learner = {"adam": AdamLearner, "published": PublishedLearner}[recipe.name](problem, recipe, initial, seed)
     warn_of_idle_processes(learner.batch_size, learner.pass_size, accelerator)
 
-    def first_loss() -> float:
-        return problem.mean_loss(learner.best_schedule(), valid_pairs, learner.pass_size)
+    def loss_now() -> float:
+        found = learner.best_schedule()
+        schedules = [found] if isinstance(found, Schedule) else [found.schedule(nfe, path) for nfe in initial]
+        return geometric_mean([problem.mean_loss(each, valid_pairs, learner.pass_size) for each in schedules])
 
     saving = checkpoints, checkpointing_steps, identity
-    history, initial_loss = iterate(learner, first_loss, state, saving, accelerator, callback)
-    schedule = learner.best_schedule().detach()
-    loss = problem.mean_loss(schedule, valid_pairs, learner.pass_size)
-    return LearnResult(replace(schedule, provenance=dict(initial.provenance)), history, initial_loss, loss)
+    history, initial_loss = iterate(learner, loss_now, state, saving, accelerator, callback)
+    before = {} if isinstance(initial, Mapping) else dict(initial.provenance)
+    return LearnResult(replace(learner.best_schedule().detach(), provenance=before), history, initial_loss, loss_now())
+
+
+def parameters_for(
+    recipe: DefaultRecipe, initial: Schedule | Mapping[int, Schedule], path: NoisePath
+) -> GapParameters | CurveParameters:
+    """What the default recipe learns: of a schedule, or of a curve that starts from several.
+
+    Raises:
+        ValueError: if nothing is free, or as these.
+    """
+    options = {"learn": recipe.learn, "coefficient_window": recipe.coefficient_window}
+    if isinstance(initial, Mapping):
+        return CurveParameters(initial, path, **options)
+    parameters = GapParameters(initial, path, last_level=recipe.last_level, **options)
+    if not any(p.numel() for p in parameters.parameters()):
+        raise ValueError("this schedule has no free times; learn other parameters too, or use more evaluations")
+    return parameters
 
 
 class Iterative(Protocol):
@@ -272,15 +302,18 @@ def warn_of_idle_processes(batch_size: int, pass_size: int, accelerator) -> None
         )
 
 
-def _identity(recipe: Recipe, initial: Schedule, problem: Problem, seed: int) -> dict[str, Any]:
+def _identity(
+    recipe: Recipe, initial: Schedule | Mapping[int, Schedule], problem: Problem, seed: int
+) -> dict[str, Any]:
     """What must not differ between a run and its continuation."""
+    starts = [initial[nfe] for nfe in sorted(initial)] if isinstance(initial, Mapping) else [initial]
     return {
         "recipe": recipe.name,
         "settings": repr(recipe),
         "seed": seed,
-        "solver": repr(initial.spec),
-        "times": initial.times.detach().tolist(),
-        "network_times": initial.network_times.detach().tolist(),
+        "solver": repr(starts[0].spec),
+        "times": [start.times.detach().tolist() for start in starts],
+        "network_times": [start.network_times.detach().tolist() for start in starts],
         "train_pairs": len(problem.train),
         "valid_pairs": len(problem.valid),
     }

@@ -1,179 +1,214 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The default recipe: Adam on softmax gaps and network times, from a good grid, selected on unmoved held-out noise.
+r"""The default recipe: Levenberg-Marquardt on gaps, network times and coefficients, selected on unmoved held-out noise.
 
-Measured against the published recipe on the same pairs: see `tests/benchmarks/compare_recipes.py`.
+With parameters $\theta$ of a schedule, J the Jacobian of what the objective compares and r its difference from the teacher's, an iteration
+solves
+
+$$ (H + \mu S)\,\delta = -g, \qquad H = \sum J^\top W J, \quad g = \sum J^\top W r, $$
+
+over some pairs for several dampings $\mu$, S being the largest diagonal of H so far (Moré 1978, doi:10.1007/BFb0067700), and takes the step that is best on held-out pairs, if it is better than none there. J is the product of
+the end state's derivatives by the numbers of the step table, from finite differences of the network (`sensitivity`), and the derivatives of
+these by $\theta$, from autograd in float64. These few dozen parameters differ by orders of magnitude in what they move, and neighbouring
+coefficients do nearly the same: what first order methods take hundreds of iterations for, a handful does. The first iterations go by few pairs,
+whose statistics suffice while the way is long. Where evaluations do not stand alone (feature caching, pipelines that draw their own noise),
+J comes from whole runs, one a parameter. Against the other recipes: `tests/benchmarks/compare_recipes.py`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ld3_diffusers.schedule import Schedule
+from ld3_diffusers.schedule_curve import ScheduleCurve
 
-from .learner import Problem, split, with_moved
+from .curve_parameters import CurveParameters
+from .learner import Problem, split
 from .parameters import GapParameters
 from .recipe import DefaultRecipe
+from .sensitivity import coordinates, evaluates_alone, sensitivities, whole_table
 
 
-MOST_SKIPPED = 10  # iterations in a row whose loss or gradient is not finite
+DAMPINGS = (10.0, 1.0, 0.1, 0.01, 0.001)  # that are tried
+MORE_DAMPINGS = (1000.0, 100.0)  # and, if all of these steps go too far
+CHANGES = {
+    "times": 0.05,
+    "network_times": 0.05,
+    "coefficients": 0.02,
+    "residuals": 0.02,
+}  # of parameters, where whole runs are compared
+NEGLIGIBLE = 1e-12  # share of the largest second derivative by which directions that move nothing are held
+FEWEST_HELD_OUT = 32  # pairs that steps are judged on, while the iteration itself takes fewer
 
 
 class DefaultLearner:
-    """One iteration a [`step`]; all that changes is in [`state_dict`]."""
+    """One iteration a [`step`]; all that changes is in [`state_dict`].
 
-    def __init__(self, problem: Problem, recipe: DefaultRecipe, initial: Schedule, seed: int):
-        self.problem, self.recipe = problem, recipe
-        self.parameters = GapParameters(initial, problem.path, learn=recipe.learn, last_level=recipe.last_level)
-        if not any(p.numel() for p in self.parameters.parameters()):
-            raise ValueError("this schedule has no free times; learn network_times too, or use more evaluations")
-        rates = {"times": recipe.lr_times, "network_times": recipe.lr_network_times}
-        self.optimizer = torch.optim.Adam(
-            [{"params": [value], "lr": rates[name]} for name, value in self.parameters.groups.items()],
-            betas=recipe.betas,
-        )
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+    Args:
+        parameters: those of a schedule, or of a curve, whose schedules for several counts are learned together: then the losses are their
+            geometric means.
+    """
+
+    def __init__(self, problem: Problem, recipe: DefaultRecipe, parameters: GapParameters | CurveParameters):
+        if not hasattr(problem.objective, "linearised"):
+            raise ValueError(
+                "the default recipe learns with l1, l2, huber and stlpips, not with this loss; use the recipe 'adam'"
+            )
+        self.problem, self.recipe, self.parameters = problem, recipe, parameters
+        # Which numbers of each table depend on what is learned; a resolution shift does not change that.
+        self.wanted = [
+            (self._table_by_parameters(which) != 0).any(1).tolist() for which in range(len(parameters.schedules()))
+        ]
         count = len(problem.train)
-        self.batch_size = min(recipe.batch_size or count, count)
-        self.pass_size = min(recipe.micro_batch_size or self.batch_size, self.batch_size)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order: list[int] = []
-        self.done = self.skipped = self.worse = 0
-        self.average = self.parameters.state_dict()
-        self.best, self.best_loss = self.parameters.state_dict(), math.inf
-        self.moved: dict[int, Tensor] = {}
-        if recipe.relaxation and not problem.moves_noise:
-            raise ValueError("this pipeline draws its own noise, which cannot be moved; set relaxation=0")
-        self.nfe = initial.nfe
+        self.batch_size = min(recipe.first_pairs, count)
+        self.pass_size = min(recipe.micro_batch_size or count, count)
+        self.done, self.stopped = 0, False
+        self.scale = torch.zeros_like(parameters.vector())
+        self.alone: bool | None = None  # see `evaluates_alone`
 
     def start(self, initial_loss: float) -> None:
-        self.best_loss = initial_loss
+        """Nothing: a step is compared with where it starts."""
 
     @property
     def finished(self) -> bool:
-        patience = self.recipe.patience
-        return self.done >= self.recipe.max_steps or (patience is not None and self.worse >= patience)
+        return self.stopped or self.done >= self.recipe.max_steps
 
-    def best_schedule(self) -> Schedule:
-        return self._schedule_of(self.best)
+    def best_schedule(self) -> Schedule | ScheduleCurve:
+        return self.parameters.learned()
 
-    def _schedule_of(self, state: dict[str, Tensor]) -> Schedule:
-        current = self.parameters.state_dict()
-        self.parameters.load_state_dict(state)
-        schedule = self.parameters.schedule().detach()
-        self.parameters.load_state_dict(current)
-        return schedule
-
-    def _next_batch(self) -> list[int]:
-        """Indices of training pairs, in a new random order each epoch; an epoch's rest is filled up from the next."""
-        count = len(self.problem.train)
-        if self.batch_size == count:
-            return list(range(count))
-        while len(self.order) < self.batch_size:
-            self.order += torch.randperm(count, generator=self.generator).tolist()
-        batch, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        return batch
-
-    def _set_rates(self) -> None:
-        recipe, step = self.recipe, self.done
-        warmup = min(1.0, (step + 1) / recipe.warmup_steps) if recipe.warmup_steps else 1.0
-        cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.max_steps))
-        waiting = len(self.rates) == 2 and step < recipe.times_first * recipe.max_steps
-        for name, group, rate in zip(self.parameters.groups, self.optimizer.param_groups, self.rates):
-            group["lr"] = 0.0 if waiting and name == "network_times" else rate * warmup * cosine
+    # ------------------------------------------------------------------ one iteration
 
     def step(self) -> dict[str, float]:
-        problem, recipe = self.problem, self.recipe
-        self._set_rates()
-        indices = self._next_batch()
-        results = problem.share(split(indices, self.pass_size), self._differentiate)
-        packed = sum(numbers for numbers, _ in results) / len(indices)
-        if recipe.relaxation:
-            self.moved.update(zip(indices, (x.clone() for _, moved in results for x in moved)))
-        sizes = [1, *[value.numel() for value in self.parameters.parameters()]]
-        loss, *gradients = packed.split(sizes)
-        for value, gradient in zip(self.parameters.parameters(), gradients):
-            value.grad = gradient.view_as(value)
-
-        entry = {"loss": float(loss), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        if bool(packed.isfinite().all()):
-            entry["grad_norm"] = float(
-                torch.nn.utils.clip_grad_norm_(self.parameters.parameters(), recipe.max_grad_norm)
-            )
-            self.optimizer.step()
-            self.skipped = 0
-        else:
-            self.skipped += 1
-            if self.skipped >= MOST_SKIPPED:
-                raise ValueError(
-                    f"the loss or its gradient was not finite {MOST_SKIPPED} times in a row; learn in bfloat16 or float32, or "
-                    "lower the learning rates"
-                )
+        problem = self.problem
+        if self.alone is None:
+            noise, _, conditioning = problem.train.batch([0], problem.device)
+            self.alone = evaluates_alone(problem.rollout, self._schedules()[0], noise, conditioning)
+        pairs = range(min(self.recipe.first_pairs * 2**self.done, len(problem.train)))
+        held_out = range(min(max(len(pairs), FEWEST_HELD_OUT), len(problem.valid)))
+        loss, gradient, hessian = self._linearised(pairs)
+        # A direction that has ceased to move anything is not free to go anywhere.
+        self.scale = torch.maximum(self.scale, hessian.diagonal())
+        before, losses_before = self.parameters.vector(), self._held_out_losses(held_out)
+        chosen, losses, taken = before, losses_before, 0.0
+        for dampings in (DAMPINGS, MORE_DAMPINGS):
+            for damping in dampings:
+                damped = hessian + torch.diag(damping * self.scale + NEGLIGIBLE * self.scale.max())
+                self.parameters.set_vector(before - torch.linalg.solve(damped, gradient))
+                losses_then = self._held_out_losses(held_out)
+                if mean_of_means(losses_then) < mean_of_means(losses):
+                    losses, taken, chosen = losses_then, damping, self.parameters.vector()
+            if taken:
+                break
+        self.parameters.set_vector(chosen)
         self.done += 1
-        self._average()
-        if self.done % recipe.validation_steps == 0 or self.done == recipe.max_steps:
-            entry["valid_loss"] = self._validate()
-        return entry
+        self.stopped = len(pairs) == len(problem.train) and not surely_better(losses, losses_before)
+        return {"loss": loss, "valid_loss": mean_of_means(losses), "damping": taken, "pairs": len(pairs)}
 
-    def _differentiate(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Of a micro-batch: the sum of its losses and that sum's gradient, in one float64 vector, and its moved noises."""
-        problem, parameters = self.problem, self.parameters.parameters()
-        noise, target, conditioning = problem.train.batch(indices, problem.device)
-        radius = self.recipe.relaxation * noise[0].numel() / self.nfe**2
-        start = with_moved(noise, indices, self.moved).requires_grad_() if radius else noise
-        losses = problem.losses(self.parameters.schedule(), start, target, conditioning)
-        gradients = problem.gradients(losses, target, [*parameters, *([start] if radius else [])])
-        moved = self._move(noise, start.detach(), gradients.pop(), radius).cpu() if radius else None
-        total = losses.detach().double().sum().cpu()
-        return torch.cat([total[None], *[gradient.flatten().double().cpu() for gradient in gradients]]), moved
+    def _schedules(self) -> list[Schedule]:
+        return [schedule.detach() for schedule in self.parameters.schedules()]
 
-    def _move(self, noise: Tensor, start: Tensor, gradients: Tensor, radius: float) -> Tensor:
-        r"""x' <- projection to the ball of x' - (share of the radius) * gradient / its norm: no rate depends on the loss."""
-        result = start.clone()
-        for i, (x, moved, gradient) in enumerate(zip(noise, start, gradients)):
-            if not bool(gradient.isfinite().all()):
-                continue
-            moved = moved - self.recipe.relaxation_lr * radius * gradient / gradient.norm().clamp(min=1e-30)
-            away = moved - x
-            result[i] = x + away * (radius / away.norm().clamp(min=radius))
-        return result
+    def _held_out_losses(self, held_out: Sequence[int]) -> Tensor:
+        """(schedules, pairs); infinite where the parameters make no schedule."""
+        problem, several, count = self.problem, len(self.wanted), len(held_out)
+        infinite = torch.full((several, count), math.inf, dtype=torch.float64)
+        try:
+            schedules = self._schedules()
+            for schedule in schedules:
+                schedule.check_stability(problem.path)
+                schedule.table(problem.path)
+        except ValueError:
+            return infinite
+        losses = [problem.each_loss(each, problem.valid, self.pass_size, count=count) for each in schedules]
+        return torch.stack(losses) if all(bool(each.isfinite().all()) for each in losses) else infinite
 
-    def _average(self) -> None:
-        decay = self.recipe.averaging
-        if decay is None:
-            return
-        decay = min(decay, self.done / (self.done + 9))  # short memory at the start, where the initial values are far
-        for name, value in self.parameters.state_dict().items():
-            self.average[name] = decay * self.average[name] + (1 - decay) * value
+    def _linearised(self, pairs: Sequence[int]) -> tuple[float, Tensor, Tensor]:
+        """Mean loss over the pairs, its gradient, and the Gauss-Newton approximation of its second derivatives; of several schedules the
+        geometric mean of the losses, and derivatives of its logarithm."""
+        count, several = len(self.parameters.vector()), len(self.wanted)
+        losses, total = [], torch.zeros(count + count * count, dtype=torch.float64)
+        for which in range(several):
+            parts = split(pairs, self.pass_size)
+            # The same for all parts: a sharded network must be called equally often by all processes.
+            at_once = self.pass_size // len(parts[0])
+            results = self.problem.share(parts, lambda part, which=which: self._linearise(which, part, at_once))
+            packed = sum(results[1:], results[0]) / len(pairs)
+            losses.append(float(packed[0]))
+            total += packed[1:] / (losses[-1] * several if several > 1 else 1)
+        if not (math.isfinite(sum(losses)) and bool(total.isfinite().all())):
+            raise ValueError(
+                "the loss or its derivatives are not finite; learn in bfloat16 or float32, or start from another grid"
+            )
+        gradient, hessian = total.split([count, count * count])
+        return geometric_mean(losses), gradient, hessian.view(count, count)
 
-    def _validate(self) -> float:
-        candidate = self.parameters.state_dict() if self.recipe.averaging is None else dict(self.average)
-        loss = self.problem.mean_loss(self._schedule_of(candidate), self.problem.valid, self.pass_size)
-        if loss < self.best_loss:
-            self.best, self.best_loss, self.worse = candidate, loss, 0
+    def _linearise(self, which: int, indices: Sequence[int], at_once: int) -> Tensor:
+        """Of a schedule and a micro-batch: sums of its losses, gradients and second derivatives in one float64 vector."""
+        problem = self.problem
+        noise, target, conditioning = problem.train.batch(list(indices), problem.device)
+        if self.alone:
+            schedule = self._schedules()[which]
+            end, by_table = sensitivities(
+                problem.rollout, schedule, problem.path, noise, conditioning, self.wanted[which], at_once
+            )
+            jacobian = torch.einsum("kp,k...->p...", self._table_by_parameters(which).to(by_table), by_table)
         else:
-            self.worse += 1
-        return loss
+            end, jacobian = self._by_whole_runs(which, noise, conditioning)
+        losses, gradient, hessian = problem.objective.linearised(end, target, jacobian)
+        return torch.cat([part.double().cpu().flatten() for part in (losses.sum(), gradient, hessian)])
+
+    def _table_by_parameters(self, which: int) -> Tensor:
+        """(coordinates, parameters): derivatives of the numbers of a schedule's table."""
+        parameters, path = self.parameters, self.problem.path
+        values = coordinates(whole_table(parameters.schedules()[which], path, self.problem.rollout.mu), path)
+        each = torch.eye(len(values), dtype=torch.float64)
+        rows = torch.autograd.grad(
+            values, parameters.parameters(), each, is_grads_batched=True, materialize_grads=True
+        )
+        return torch.cat([row.flatten(1) for row in rows], 1)
+
+    @torch.no_grad()
+    def _by_whole_runs(self, which: int, noise: Tensor, conditioning: dict) -> tuple[Tensor, Tensor]:
+        """End states, and their derivatives by the parameters from a run for each."""
+        parameters, rollout = self.parameters, self.problem.rollout
+        end, here = rollout(parameters.schedules()[which], noise, conditioning), parameters.vector()
+        kept = torch.float64 if end.dtype == torch.float64 else torch.float32
+        sizes = torch.cat([torch.full((value.numel(),), CHANGES[name]) for name, value in parameters.groups.items()])
+        columns = []
+        for change in torch.diag(sizes.double()):
+            parameters.set_vector(here + change)
+            other = rollout(parameters.schedules()[which], noise, conditioning)
+            columns.append((other.to(kept) - end.to(kept)) / float(change.sum()))
+        parameters.set_vector(here)
+        return end.to(kept), torch.stack(columns)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "parameters": self.parameters.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "order": list(self.order),
-            "counters": [self.done, self.skipped, self.worse],
-            "average": self.average,
-            "best": self.best,
-            "best_loss": self.best_loss,
-            "moved": self.moved,
+            "done": self.done,
+            "stopped": self.stopped,
+            "scale": self.scale,
+            "alone": self.alone,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parameters.load_state_dict(state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.order = list(state["order"])
-        self.done, self.skipped, self.worse = state["counters"]
-        self.average, self.best, self.best_loss = state["average"], state["best"], state["best_loss"]
-        self.moved = dict(state["moved"])
+        self.done, self.stopped, self.scale = state["done"], state["stopped"], state["scale"]
+        self.alone = state["alone"]
+
+
+def geometric_mean(losses: Sequence[float]) -> float:
+    return losses[0] if len(losses) == 1 else math.exp(sum(math.log(loss) for loss in losses) / len(losses))
+
+
+def mean_of_means(losses: Tensor) -> float:
+    """(schedules, pairs) -> the geometric mean over schedules of the means over pairs."""
+    return geometric_mean(losses.mean(1).tolist())
+
+
+def surely_better(losses: Tensor, before: Tensor) -> bool:
+    """Whether losses (schedules, pairs) of the same pairs have fallen, in the mean, by more than the standard error of that."""
+    falls = ((before - losses) / before.mean(1, keepdim=True)).sum(0)
+    error = falls.std(correction=0) / len(falls) ** 0.5
+    return float(falls.mean()) > float(error)

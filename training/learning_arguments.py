@@ -18,22 +18,35 @@ from .recipe import RECIPES, Recipe, make_recipe
 
 # Field of a recipe: name on the command line where it differs, type, help. None keeps the recipe's own value.
 RECIPE_ARGUMENTS = {
-    "batch_size": ("train_batch_size", int, "pairs of an iteration, over all processes"),
-    "lr_times": ("learning_rate", float, "of the times"),
-    "lr_network_times": ("learning_rate_network_times", float, "of the network times (published: divided by N)"),
-    "max_grad_norm": (None, float, "gradients are clipped to this norm"),
-    "patience": (None, int, "validations without improvement that are borne"),
-    # default
-    "max_steps": ("max_train_steps", int, "default: iterations"),
-    "learn": (None, str, f"default: what to learn, of {','.join(LEARNABLE)}"),
-    "last_level": (None, str, "default: last level before 0, free or fixed"),
+    "batch_size": ("train_batch_size", int, "adam, published: pairs of an iteration, over all processes"),
+    "lr_times": ("learning_rate", float, "adam, published: of the times"),
+    "lr_network_times": (
+        "learning_rate_network_times",
+        float,
+        "adam, published: of the network times (published: divided by N)",
+    ),
+    "max_grad_norm": (None, float, "adam, published: gradients are clipped to this norm"),
+    "patience": (None, int, "adam, published: validations without improvement that are borne"),
     "micro_batch_size": (None, int, "pairs that go through the network at once"),
-    "warmup_steps": ("lr_warmup_steps", int, "default: iterations in which the rates rise"),
-    "times_first": (None, float, "default: share of the iterations that learn times alone"),
-    "validation_steps": (None, int, "default: iterations between validations"),
-    "averaging": ("ema_decay", float, "default: decay of an average of the parameters"),
-    "relaxation": (None, float, "default: gamma of the ball in which the student's noise may move"),
-    "relaxation_lr": (None, float, "default: step of that noise, as a share of the ball's radius"),
+    # default, adam
+    "max_steps": ("max_train_steps", int, "default, adam: iterations"),
+    "learn": (None, str, f"default, adam: what to learn, of {','.join(LEARNABLE)}"),
+    "last_level": (None, str, "default, adam: last level before 0, free or fixed"),
+    "coefficient_window": (
+        None,
+        int,
+        "default, adam: predictions that learned coefficients reach back (default: all)",
+    ),
+    # default
+    "first_pairs": (None, int, "default: pairs of the first iteration; each later one takes twice as many"),
+    # adam
+    "lr_coefficients": ("learning_rate_coefficients", float, "adam: of the coefficients"),
+    "warmup_steps": ("lr_warmup_steps", int, "adam: iterations in which the rates rise"),
+    "times_first": (None, float, "adam: share of the iterations that learn times alone"),
+    "validation_steps": (None, int, "adam: iterations between validations"),
+    "averaging": ("ema_decay", float, "adam: decay of an average of the parameters"),
+    "relaxation": (None, float, "adam: gamma of the ball in which the student's noise may move"),
+    "relaxation_lr": (None, float, "adam: step of that noise, as a share of the ball's radius"),
     # published
     "mode": (None, str, "published: softmax gaps in lambda or time"),
     "window": (None, float, "published: share of the smallest gap that network times may move"),
@@ -151,6 +164,11 @@ def parser() -> argparse.ArgumentParser:
     )
 
     learning = p.add_argument_group("learning")
+    learning.add_argument(
+        "--curve",
+        action="store_true",
+        help="learn one curve on these --nfe, which serves every count between, in place of a schedule for each",
+    )
     learning.add_argument("--recipe", choices=sorted(RECIPES), default="default")
     learning.add_argument("--loss", choices=LOSSES, default="l2")
     learning.add_argument(
@@ -215,7 +233,11 @@ def check(args: argparse.Namespace) -> None:
     """
     check_pairs(args)
     check_counts(args, "checkpointing_steps", "checkpoints_total_limit")
-    if len(args.nfe) > 1 and args.resume_from_checkpoint not in (None, "latest"):
+    if args.curve and (len(args.nfe) < 2 or args.recipe != "default"):
+        raise ValueError(
+            "--curve learns on several --nfe, by the recipe 'default'; name more of them, and drop --recipe"
+        )
+    if len(args.nfe) > 1 and not args.curve and args.resume_from_checkpoint not in (None, "latest"):
         raise ValueError("a checkpoint is of one count; give --resume_from_checkpoint latest, or one --nfe")
     if args.recipe == "published" and args.discretization != "best":
         raise ValueError("the published recipe starts from its own uniform grid; drop --discretization")
@@ -235,6 +257,8 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     for field in given:
         if field not in known:
             name = RECIPE_ARGUMENTS.get(field, (None,))[0] or field
-            other = next(recipe for recipe in RECIPES if recipe != args.recipe)
-            raise ValueError(f"--{name} belongs to the recipe {other!r}; drop it, or use --recipe {other}")
+            others = [name for name, recipe in RECIPES.items() if field in recipe.__dataclass_fields__]
+            raise ValueError(
+                f"--{name} belongs to the recipe {' or '.join(map(repr, others))}; drop it, or use --recipe {others[0]}"
+            )
     return make_recipe(args.recipe, given)

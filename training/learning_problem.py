@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from .learner import Problem
 from .learning_pairs import Part
-from .objectives import Decoded, Objective, l2
+from .objectives import Objective, decoded, l2
 from .processes import is_sharded, shard
 from .rollout import PipelineRollout
 from .schedule_folder import check_same_model, existing
@@ -49,5 +49,5 @@ def learning_problem(
     }
     with PipelineRollout(pipe, **options) as rollout:
         check_same_model(existing(args.output_dir), rollout.scheduler.config)
-        objective = Decoded(distance, rollout.decode) if loss_space == "pixel" else distance
+        objective = decoded(distance, rollout.decode) if loss_space == "pixel" else distance
         yield Problem(rollout, training, validation, rollout.path, objective, accelerator)

@@ -19,6 +19,7 @@ from .published import PICTURES, Repository, Variant
 # by the recipe that a schedule names
 SEARCHES = {"gits": ("GITS", "https://arxiv.org/abs/2405.11326"), "oss": ("OSS", "https://arxiv.org/abs/2503.21774")}
 LD3 = ("LD3", "https://arxiv.org/abs/2405.15506")
+GENERALISED = ("LD3 with a generalised solver", "https://arxiv.org/abs/2510.17699")
 AMED = ("AMED", "https://arxiv.org/abs/2312.00094")
 NOUNS = {"learned": "learning", "searched": "the search"}
 LIMITS = """- A schedule belongs to this model, dtype, guidance scale, resolution and solver, and to its number of evaluations; nothing was
@@ -85,14 +86,18 @@ def model_card(repository: Repository, repo_id: str, license: str) -> str:
 
 def _method(entry: dict[str, Any]) -> tuple[str, str]:
     """Name of a schedule's method, and the address of its paper."""
-    if Schedule.from_dict(entry).stages is not None:
+    schedule = Schedule.from_dict(entry)
+    if schedule.stages is not None:
         return AMED
+    if schedule.residuals is not None:
+        return GENERALISED
     return SEARCHES.get((entry.get("provenance") or {}).get("recipe"), LD3)
 
 
 def _chosen(methods: set[tuple[str, str]]) -> str:
     """What these methods choose."""
-    words = ["when the solver steps" + (" and what time the network is told" if LD3 in methods else "")]
+    words = ["when the solver steps" + (" and what time the network is told" if methods & {LD3, GENERALISED} else "")]
+    words[0] += ", and its coefficients" if GENERALISED in methods else ""
     words = words if methods - {AMED} else []
     if AMED in methods:
         words.append("where the solver evaluates within each step and how far that leads")

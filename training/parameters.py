@@ -10,6 +10,7 @@ arXiv:2405.15506), kept exactly, and the one that this project learns with by de
 | started from | a uniform grid | any schedule, exactly |
 | network times | clamp to half the *smallest* gap; stuck outside | tanh to half the *own* gaps; never stuck |
 | first and last network time | the levels' | as far as the path goes |
+| coefficients | the solver's | the solver's with residuals (GAS, arXiv:2510.17699), see `ld3_diffusers.residuals` |
 """
 
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ld3_diffusers.noise_path import NoisePath, float64
 from ld3_diffusers.schedule import Schedule, SolverSpec
 
 
-LEARNABLE = ("times", "network_times")
+LEARNABLE = ("times", "network_times", "coefficients")
 SMALLEST_SHARE = 1e-4  # of the whole range that one softmax gap keeps, whatever its logit
 EDGE = 1e-9  # relative to the range of the levels: closer than this to an end of the path is at it
 
@@ -31,7 +32,7 @@ class Parameters(Protocol):
     """What a learner needs of a parameterisation.
 
     Attributes:
-        groups: the leaf tensors (float64, CPU) that are learned, by name: "times", "network_times" or both.
+        groups: the leaf tensors (float64, CPU) that are learned, by name, of `LEARNABLE`.
     """
 
     groups: dict[str, Tensor]
@@ -45,11 +46,36 @@ class Parameters(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
-class _Groups:
+class Groups:
+    """What parameterisations share: their tensors, as lists, dicts and one vector."""
+
     groups: dict[str, Tensor]
 
     def parameters(self) -> list[Tensor]:
         return list(self.groups.values())
+
+    def vector(self) -> Tensor:
+        """All parameters in one."""
+        return torch.cat([value.detach().flatten() for value in self.parameters()])
+
+    def set_vector(self, vector: Tensor) -> None:
+        """Inverse of [`vector`]."""
+        parts = vector.split([value.numel() for value in self.parameters()])
+        self.load_state_dict({name: part.view_as(self.groups[name]) for name, part in zip(self.groups, parts)})
+
+    def schedules(self) -> list[Schedule]:
+        return [self.schedule()]
+
+    def learned(self) -> Schedule:
+        return self.schedule().detach()
+
+    def schedule_of(self, state: dict[str, Tensor]) -> Schedule:
+        """The schedule of a [`state_dict`], detached; the parameters stay as they are."""
+        current = self.state_dict()
+        self.load_state_dict(state)
+        schedule = self.schedule().detach()
+        self.load_state_dict(current)
+        return schedule
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.groups.items()}
@@ -69,10 +95,10 @@ class _Groups:
 
 def check_learnable(learn: tuple[str, ...]) -> None:
     if not learn or set(learn) - set(LEARNABLE) or len(set(learn)) != len(learn):
-        raise ValueError(f"cannot learn {list(learn)}; name one or both of {', '.join(LEARNABLE)}")
+        raise ValueError(f"cannot learn {list(learn)}; name some of {', '.join(LEARNABLE)}")
 
 
-class PublishedParameters(_Groups):
+class PublishedParameters(Groups):
     r"""LD3's own map, N steps from `t_max` to `t_min`.
 
     With $a \in R^{N+1}$ (ones) and $b \in R^{N+1}$ (zeros),
@@ -156,8 +182,8 @@ class PublishedParameters(_Groups):
         return Schedule(times, network_times[:-1], self.spec, self.path.kind, self.prediction_type)
 
 
-class GapParameters(_Groups):
-    r"""Softmax gaps and tanh offsets, started from any schedule.
+class GapParameters(Groups):
+    r"""Softmax gaps, tanh offsets and residuals of coefficients, started from any schedule.
 
     Let u be lambda, or on rectified flow 1 - s, which increase from noise to data, and $u_0 < \dots < u_n$ the schedule's
     distinct levels above time 0. With logits g, one a gap, and $\delta$ the least share that a gap can shrink to,
@@ -175,11 +201,14 @@ class GapParameters(_Groups):
     $u + l\tanh b$ else. Where the level itself lies on its fence (t_max, or a repeated level), $|b|$ stands for b, so that
     the gradient does not vanish. Network times never increase, whatever the parameters.
 
+    Coefficients are residuals $C_{i,i-j}$, $j <$ `coefficient_window`, of all rows on data predictions (see `ld3_diffusers.residuals`).
+
     Args:
-        initial: the schedule to start from; [`schedule`] first returns exactly these times.
+        initial: the schedule to start from; [`schedule`] first returns exactly these times and coefficients.
         path: its noise path.
-        learn: "times", "network_times" or both.
+        learn: of `LEARNABLE`.
         last_level: "free" or "fixed".
+        coefficient_window: predictions that a row's residuals reach back, itself included; None: to the first.
 
     Raises:
         ValueError: for a schedule of another path, or network times that lie beyond a neighbouring level.
@@ -192,6 +221,7 @@ class GapParameters(_Groups):
         *,
         learn: tuple[str, ...] = LEARNABLE,
         last_level: str = "free",
+        coefficient_window: int | None = None,
     ):
         check_learnable(learn)
         if last_level not in ("free", "fixed"):
@@ -207,6 +237,7 @@ class GapParameters(_Groups):
         self.limits = self._coordinate(float64([path.t_max, min(path.t_min, float(network_times.min()))]))
         groups = {"times": self._init_gaps(last_level)}
         groups["network_times"] = self._init_offsets(self._coordinate(network_times))
+        groups["coefficients"] = self._init_residuals(coefficient_window)
         self._values = groups
         self.groups = {name: groups[name].requires_grad_() for name in LEARNABLE if name in learn}
 
@@ -281,6 +312,23 @@ class GapParameters(_Groups):
             offsets[1:] if self.initial.spec.afs else offsets
         )  # the first network time of AFS is asked of no network
 
+    def _init_residuals(self, window: int | None) -> Tensor:
+        rows, given = len(self.initial.times) - 1, self.initial.residuals
+        width = max(min(window or rows, rows), 0 if given is None else given.shape[1])
+        self.residuals = torch.zeros(rows, width, dtype=torch.float64)
+        if given is not None:
+            self.residuals[:, : given.shape[1]] = given
+        age = (
+            torch.arange(rows)[:, None] - torch.arange(width)[None]
+        )  # prediction j of row i is that of evaluation i - j
+        self.free_residuals = (age >= 0) & (torch.arange(width)[None] < (window or rows))
+        return self.residuals[self.free_residuals]
+
+    def _residuals(self) -> Tensor | None:
+        if "coefficients" not in self.groups:
+            return self.initial.residuals
+        return self.residuals.masked_scatter(self.free_residuals, self._values["coefficients"])
+
     def _network_levels(self, levels: Tensor) -> Tensor:
         b = self._values["network_times"]
         if self.initial.spec.afs:
@@ -308,4 +356,4 @@ class GapParameters(_Groups):
             network_times = torch.cat([times[:1], network_times[1:]])
         if self.ends_at_zero:
             times = torch.cat([times, times.new_zeros(1)])
-        return replace(self.initial, times=times, network_times=network_times)
+        return replace(self.initial, times=times, network_times=network_times, residuals=self._residuals())

@@ -160,16 +160,23 @@ def chosen_schedules(args: argparse.Namespace) -> LD3Scheduler:
     """The scheduler in the folder, with the schedules that were chosen."""
     folder = Path(args.schedules)
     scheduler = existing(folder)
-    if scheduler is None or not scheduler.learned_counts:
+    if scheduler is None or not scheduler.served_counts:
         raise ValueError(
             f"the folder {args.schedules!r} holds no schedules; give the --output_dir of train_ld3, train_amed or of a search"
         )
-    missing = sorted(set(args.nfe or []) - set(scheduler.learned_counts))
+    known = scheduler.served_counts
+    missing = sorted(set(args.nfe or []) - set(known))
     if missing:
-        known = ", ".join(map(str, scheduler.learned_counts))
-        raise ValueError(f"--nfe {missing[0]}: there is no schedule for it; the folder has {known}")
-    chosen = {str(nfe): scheduler.config.schedules[str(nfe)] for nfe in sorted(args.nfe or scheduler.learned_counts)}
-    return copy_of(scheduler, schedules=chosen)
+        raise ValueError(
+            f"--nfe {missing[0]}: there is no schedule for it; the folder has {', '.join(map(str, known))}"
+        )
+    # What is certified are schedules: a curve's are written out, one for each count.
+    chosen = {
+        str(nfe): (scheduler.config.schedules or {}).get(str(nfe))
+        or scheduler.learned_schedule(nfe).to_dict(scheduler.path)
+        for nfe in sorted(args.nfe or known)
+    }
+    return copy_of(scheduler, schedules=chosen, curve=None)
 
 
 def teacher_names(args: argparse.Namespace, entries: dict, facts: dict) -> tuple[dict[str, Any], str | None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to learn: the numbers of the two recipes. Values for single models stand in `training/recipes/*.yaml`."""
+"""How to learn: the numbers of the three recipes. Values for single models stand in `training/recipes/*.yaml`."""
 
 import math
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ class PublishedRecipe:
         fixed_bound: a bound that replaces it (their `--fix_bound` with `prior_bound`).
         batch_size, valid_batch_size: pairs of a step, and of a pass over validation pairs. 2 and 150 for pixel models, 1 and 50
             for latent ones, 1 and 1 for Stable Diffusion.
-        micro_batch_size: see [`DefaultRecipe`].
+        micro_batch_size: see [`AdamRecipe`].
         rounds_v1, rounds_v2: epochs of times alone, then of both vectors; 2 and 5 for pixel models, 2 and 3 for latent ones.
         no_v1: learn network times only, in all rounds.
         lr_times: RMSprop's rate; `momentum`, `weight_decay` also its.
@@ -73,16 +73,42 @@ class PublishedRecipe:
 
 @dataclass(frozen=True)
 class DefaultRecipe:
-    """What measures better: Adam on gaps and network times from the best hand-made grid; see `learner_default`.
+    """Levenberg-Marquardt on gaps, network times and coefficients, by finite differences; see `learner_default`.
 
     Attributes:
-        learn: "times", "network_times" or both.
-        last_level: of a schedule that ends at time 0, see [`GapParameters`].
+        learn, last_level, coefficient_window: see [`GapParameters`].
+        max_steps: iterations; fewer, when none of the steps from all pairs is better on held-out ones.
+        first_pairs: pairs of the first iteration; each later one takes twice as many, up to all.
+        micro_batch_size: see [`AdamRecipe`]; here it is also what is kept for one, the end state's derivatives by every number of the
+            table.
+    """
+
+    name = "default"
+    learn: tuple[str, ...] = LEARNABLE
+    last_level: str = "free"
+    coefficient_window: int | None = None
+    max_steps: int = 6
+    first_pairs: int = 16
+    micro_batch_size: int | None = 32
+
+    def __post_init__(self):
+        object.__setattr__(self, "learn", _learnable(self.learn))
+        _positive(self, "max_steps", "first_pairs", "micro_batch_size", "coefficient_window")
+
+
+@dataclass(frozen=True)
+class AdamRecipe:
+    """Adam on gaps, network times and coefficients, by backpropagation through the pipeline; see `learner_adam`.
+
+    For objectives that are no sums of squares, relaxed noise, and pipelines that draw their own.
+
+    Attributes:
+        learn, last_level, coefficient_window: see [`GapParameters`].
         max_steps: iterations.
         batch_size: pairs of an iteration, over all processes; None: all of them.
         micro_batch_size: pairs that go through the network at once; the unit that is given to processes, and in which
             gradients are summed, so that results do not depend on the number of processes. None: the batch.
-        lr_times, lr_network_times: Adam's rates, decayed to 0 by a cosine; `warmup_steps` before that.
+        lr_times, lr_network_times, lr_coefficients: Adam's rates, decayed to 0 by a cosine; `warmup_steps` before that.
         times_first: share of the iterations in which only times are learned, if both are.
         betas: Adam's.
         max_grad_norm: of all parameters together.
@@ -93,14 +119,16 @@ class DefaultRecipe:
         relaxation_lr: step of that noise, as a share of the radius.
     """
 
-    name = "default"
+    name = "adam"
     learn: tuple[str, ...] = LEARNABLE
     last_level: str = "free"
+    coefficient_window: int | None = None
     max_steps: int = 300
     batch_size: int | None = 16
     micro_batch_size: int | None = 8
     lr_times: float = 0.1
     lr_network_times: float = 0.03
+    lr_coefficients: float = 0.01
     warmup_steps: int = 0
     times_first: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -112,21 +140,25 @@ class DefaultRecipe:
     relaxation_lr: float = 0.1
 
     def __post_init__(self):
-        learn = self.learn.split(",") if isinstance(self.learn, str) else self.learn
-        object.__setattr__(self, "learn", tuple(name.strip() for name in learn))
+        object.__setattr__(self, "learn", _learnable(self.learn))
         object.__setattr__(self, "betas", tuple(self.betas))
-        check_learnable(self.learn)
         _positive(
-            self, "max_steps", "batch_size", "micro_batch_size", "lr_times", "lr_network_times", "max_grad_norm",
-            "validation_steps", "patience",
+            self, "max_steps", "batch_size", "micro_batch_size", "lr_times", "lr_network_times", "lr_coefficients",
+            "max_grad_norm", "validation_steps", "patience", "coefficient_window",
         )  # fmt: skip
         _not_negative(self, "warmup_steps", "times_first", "relaxation", "relaxation_lr")
         if self.averaging is not None and not 0 <= self.averaging < 1:
             raise ValueError(f"averaging must be in [0, 1), got {self.averaging}; .99 is usual")
 
 
-Recipe = PublishedRecipe | DefaultRecipe
-RECIPES: dict[str, type] = {"default": DefaultRecipe, "published": PublishedRecipe}
+Recipe = DefaultRecipe | AdamRecipe | PublishedRecipe
+RECIPES: dict[str, type] = {"default": DefaultRecipe, "adam": AdamRecipe, "published": PublishedRecipe}
+
+
+def _learnable(learn: str | tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in (learn.split(",") if isinstance(learn, str) else learn))
+    check_learnable(names)
+    return names
 
 
 def _positive(recipe, *names: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ld3_diffusers import LD3Scheduler, Schedule
+from ld3_diffusers import LD3Scheduler, Schedule, SolverSpec
 
 from .conditioning import Conditioning, batch_size, expanded, named_embeddings
 from .decoding import decode
@@ -114,12 +114,7 @@ class PipelineRollout:
                 f"{kind} takes neither latents nor a generator, so its starting noise cannot be chosen; use another"
             )
         self._prompt_name = next((name for name in PROMPTS if name in self.parameters), None)
-        for name, network in denoisers(pipe).items():
-            if getattr(network, "is_cache_enabled", False):
-                raise ValueError(
-                    f"feature caching skips evaluations and gradients; call pipe.{name}.disable_cache() first"
-                )
-
+        denoisers(pipe)  # complains if there are none
         # A scheduler of our own even where there was an LD3Scheduler: its schedules answer for some step counts only.
         self.scheduler = LD3Scheduler.from_config(pipe.scheduler.config, schedules=None)
         self._blocks = ExitStack()
@@ -169,6 +164,11 @@ class PipelineRollout:
         return self.scheduler.mu
 
     @property
+    def bounds_data(self) -> bool:
+        """Whether the scheduler clips its data predictions, so that its rows are not linear."""
+        return bool(self.scheduler.config.clip_sample or self.scheduler.config.thresholding)
+
+    @property
     def guidance_scale(self) -> float | None:
         """As it will act: what was given, else the pipeline's default; None for pipelines without."""
         parameter = self.parameters.get("guidance_scale")
@@ -188,6 +188,9 @@ class PipelineRollout:
             if name in self.parameters and name not in arguments:
                 arguments[name] = None
         arguments = {name: value for name, value in arguments.items() if name in self.parameters}
+        for network in denoisers(pipe).values():
+            if getattr(network, "is_cache_enabled", False):
+                network._reset_stateful_cache()  # of a run that ended before its time
         with ExitStack() as stack:
             stack.enter_context(replaced(pipe, "_progress_bar_config", {"disable": True}))
             if on_step is not None:
@@ -241,6 +244,25 @@ class PipelineRollout:
         return outputs[0][: len(noise)]
 
     @torch.no_grad()
+    def output(self, state: Tensor, time: float, conditioning: Conditioning | None) -> Tensor:
+        """What the pipeline's networks return of any state, (batch, ...), when told `time`: guided, in the prediction type.
+
+        Args:
+            time: of the noise path, with its resolution shift where there is one.
+
+        Raises:
+            ValueError: for pipelines that draw their own noise, which no state can be handed to.
+        """
+        if not self.moves_noise:
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes no latents, so its network cannot be asked of a given state"
+            )
+        prediction_type = self.scheduler.config.prediction_type
+        single = Schedule([time, 0.0], None, SolverSpec("euler"), self.path.kind, prediction_type, final=True)
+        # What the pipeline multiplies its latents by.
+        return self.first_output(single, state / single.table(self.path).start.to(state), conditioning)
+
+    @torch.no_grad()
     def visit(self, schedule: Schedule, noise: Tensor, conditioning: Conditioning | None, at_step: Callable) -> None:
         """Run a schedule and hand each evaluation to `at_step(i, state, output, result)`; nothing is differentiated.
 
@@ -272,13 +294,21 @@ class PipelineRollout:
 
     def _follow(self, schedule: Schedule | int, noise: Tensor, conditioning: Conditioning | None, on_step) -> None:
         """Run the pipeline on a schedule and count the evaluations."""
+        if torch.is_grad_enabled():
+            for name, network in denoisers(self.pipe).items():
+                if getattr(network, "is_cache_enabled", False):
+                    raise ValueError(
+                        f"feature caching skips evaluations and gradients; call pipe.{name}.disable_cache() first, or learn by "
+                        "the default recipe, which differentiates nothing"
+                    )
         arguments = self._starting_arguments(noise, conditioning)
         nfe, calls = self._use(schedule), Calls(self.evaluations, len(noise))
         with instrumented(self.pipe, calls, self.checkpointing):
             self._run(nfe, arguments, on_step)
-        if not calls.forward:
+        if not calls.forward and torch.is_grad_enabled():
             raise ValueError(
-                "the pipeline's networks were never called through `forward`; load it without torch.compile"
+                "the pipeline's networks were never called through `forward`, so that nothing can be differentiated; load it "
+                "without torch.compile, or learn by the default recipe"
             )
         calls.finish(nfe)
 

@@ -12,7 +12,15 @@ import diffusers
 import torch
 
 import ld3_diffusers
-from ld3_diffusers import AMEDPredictor, AMEDScheduler, LD3Scheduler, Schedule, SolverSpec, load_scheduler
+from ld3_diffusers import (
+    AMEDPredictor,
+    AMEDScheduler,
+    LD3Scheduler,
+    Schedule,
+    ScheduleCurve,
+    SolverSpec,
+    load_scheduler,
+)
 from ld3_diffusers.schedulers.scheduling_amed import PREDICTOR_FOLDER
 from ld3_diffusers.schedulers.stock_config import BETA_KEYS, FLOW_KEYS, SIGMA_KEYS
 
@@ -21,6 +29,7 @@ from .schedule_plot import plot_schedules
 
 
 CONFIG = "scheduler_config.json"
+CURVE_FOLDER = "curve"  # of what belongs to a curve, as nfe-<n> is of a schedule
 MODEL_KEYS = (
     *("noise_path", "prediction_type", "num_train_timesteps", "shift_terminal", "time_shift_type"),
     *BETA_KEYS,
@@ -46,10 +55,12 @@ def check_same_model(present: LD3Scheduler | None, config) -> None:
             )
 
 
-def holds(folder: str | Path, nfe: int, spec: SolverSpec, facts: dict) -> bool:
-    """Whether the folder holds the schedule that a run with these facts would make."""
+def holds(folder: str | Path, nfe: int | None, spec: SolverSpec, facts: dict) -> bool:
+    """Whether the folder holds the schedule for `nfe` evaluations, or if None the curve, that a run with these facts would make."""
     present = existing(folder)
-    entry = {} if present is None else (present.config.schedules or {}).get(str(nfe), {})
+    config = {} if present is None else present.config
+    entry = config.get("curve") if nfe is None else (config.get("schedules") or {}).get(str(nfe))
+    entry = entry or {}
     made = entry.get("provenance", {})
     same_solver = all(entry.get(name) == value for name, value in vars(spec).items())
     return same_solver and all(made.get(name) == value for name, value in facts.items())
@@ -118,7 +129,7 @@ def results(found: dict, rivals: dict[str, float], mu: float) -> dict:
 
 def save(
     output_dir: str | Path,
-    schedule: Schedule,
+    schedule: Schedule | ScheduleCurve,
     stock,
     path,
     pictures: dict[str, Schedule],
@@ -132,21 +143,29 @@ def save(
         predictor: that of a schedule whose stages are predicted for each sample.
     """
     output = Path(output_dir)
-    entry, folder = {str(schedule.nfe): schedule.to_dict(path)}, output / f"nfe-{schedule.nfe}"
     present = existing(output)
-    has_stages = schedule.direction_scales is not None or isinstance(present, AMEDScheduler)
+    if isinstance(schedule, ScheduleCurve):
+        learned, folder, has_stages = {"curve": schedule.to_dict(path)}, output / CURVE_FOLDER, False
+    else:
+        entries = {
+            **({} if present is None else present.config.schedules or {}),
+            str(schedule.nfe): schedule.to_dict(path),
+        }
+        learned = {"schedules": {count: entries[count] for count in sorted(entries, key=int)}}
+        folder, has_stages = output / f"nfe-{schedule.nfe}", schedule.direction_scales is not None
+    has_stages = has_stages or isinstance(present, AMEDScheduler)
     kind = AMEDScheduler if has_stages else LD3Scheduler
     if present is None:
         spec = schedule.spec
         names = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final")
         # None, a solver's default, is no value to a stock scheduler that may be made from this config
         given = {name: getattr(spec, name) for name in names if getattr(spec, name) is not None}
-        scheduler = kind.from_config(stock, **given, schedules=entry)
+        scheduler = kind.from_config(stock, **given, **learned)
     else:
-        schedules = {**(present.config.schedules or {}), **entry}
-        ordered = {count: schedules[count] for count in sorted(schedules, key=int)}
-        scheduler = kind.from_config(present.config, schedules=ordered)
-    predictors = {**getattr(present, "predictors", {}), schedule.nfe: predictor}
+        scheduler = kind.from_config(present.config, **learned)
+    predictors = dict(getattr(present, "predictors", {}))
+    if isinstance(schedule, Schedule):
+        predictors[schedule.nfe] = predictor
     predictors = {nfe: each for nfe, each in predictors.items() if each is not None}
     for nfe, each in predictors.items():
         scheduler.set_predictor(nfe, each)
@@ -167,7 +186,7 @@ def save(
                 os.replace(partial / name, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)  # of what was there before
-        own = PREDICTOR_FOLDER.format(nfe=schedule.nfe)
+        own = PREDICTOR_FOLDER.format(nfe=getattr(schedule, "nfe", "curve"))
         if predictor is not None:
             if (output / own).exists():
                 if present is not None:  # while one predictor takes another's place, no config names either

@@ -13,12 +13,13 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
-from ld3_diffusers import Schedule, SolverSpec
+from ld3_diffusers import Schedule, ScheduleCurve, SolverSpec
 from ld3_diffusers.discretization import DISCRETIZATIONS
 
 from .arguments import check_writable, parse, usage_errors
@@ -26,12 +27,14 @@ from .call_settings import CALL_SETTINGS
 from .gradient_check import check_gradients
 from .initial import (
     BEFORE_ZERO,
+    FEW_PAIRS,
     STOCK,
     LosesToGrid,
     candidates,
     grid_schedule,
     grid_search,
     refuse_worse,
+    rivals,
     saved_schedule,
 )
 from .learner import LearnResult, Problem, learn
@@ -41,7 +44,7 @@ from .learning_problem import learning_problem
 from .objectives import Objective, make_distance
 from .processes import COLLECTIVE_TIMEOUT, lost_process_message, on_main
 from .recipe import Recipe
-from .schedule_folder import existing, holds, results, save, settings, with_start
+from .schedule_folder import CURVE_FOLDER, existing, holds, results, save, settings, with_start
 from .search import SEARCHES, search_start
 from .teacher import check_teacher_name
 
@@ -89,13 +92,17 @@ def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: 
     with learning_problem(args, training, validation, accelerator, distance=distance, **options) as problem:
         facts = settings(args, problem, learning_settings(args, recipe))
         refusals, logged = [], 0
-        for nfe in args.nfe:
+        for nfe in [None] if args.curve else args.nfe:
             learned = on_main(lambda nfe=nfe: holds(args.output_dir, nfe, spec, facts), accelerator)
             if learned and args.resume_from_checkpoint == "latest":
-                accelerator.print(f"{args.output_dir} has this schedule for {nfe} evaluations already")
+                what = "this curve" if nfe is None else f"this schedule for {nfe} evaluations"
+                accelerator.print(f"{args.output_dir} has {what} already")
                 continue
             try:
-                logged += learn_one(args, nfe, recipe, spec, problem, facts, logged)
+                if nfe is None:
+                    learn_curve(args, recipe, spec, problem, facts)
+                else:
+                    logged += learn_one(args, nfe, recipe, spec, problem, facts, logged)
             except LosesToGrid as error:
                 refusals.append(str(error))
                 accelerator.print(refusals[-1])
@@ -112,51 +119,101 @@ def learning_settings(args, recipe: Recipe) -> dict:
         "loss_space": args.loss_space,
         "lpips_net": args.lpips_net if args.loss == "lpips" else None,
         "discretization": Path(args.discretization).name,
+        **({"counts_learned_on": sorted(args.nfe)} if args.curve else {}),
     }
 
 
 def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem, facts: dict, logged: int = 0) -> int:
     """Learn, judge and save the schedule for `nfe` evaluations; returns the iterations, which trackers count on from `logged`."""
-    rollout, accelerator = problem.rollout, problem.accelerator
-    config, stock = rollout.scheduler.config, rollout.stock_scheduler.config
-    # Times of flow models are learned before their resolution shift, where that is possible.
-    grid = {"final_sigmas_type": args.final_sigmas_type, "final": bool(config.shift_terminal)}
-    grids = candidates(problem.path, nfe, spec, config.prediction_type, stock_config=dict(stock), **grid)
-    start, initial = starting_point(args, nfe, recipe, spec, problem, grids, grid, config)
-    accelerator.print(f"{nfe} evaluations: starting from {start}")
-    noise, _, conditioning = problem.train.batch([0], problem.device)
-    check_gradients(rollout, initial, noise, conditioning)
-    result = run(args, recipe, problem, initial, facts, logged)
+    rollout = problem.rollout
+    grids, start, initial = starting_point(args, nfe, recipe, spec, problem)
+    if recipe.name != "default":
+        noise, _, conditioning = problem.train.batch([0], problem.device)
+        check_gradients(rollout, initial, noise, conditioning)
+    result = run(args, recipe, problem, initial, nfe, facts, logged)
     # What is saved is what the network is told: a pipeline that casts times to its dtype would round them anyway.
-    result.schedule = rollout.rounded(result.schedule)
-    rivals = grid_search(problem, grids, pairs="valid", batch_size=pass_size(recipe))
+    schedule = rollout.rounded(result.schedule)
+    beaten = judged(args, nfe, result.loss, problem, grids, recipe)
     facts = with_start(facts, initial.provenance)
     found = {"start": start, "initial_loss": result.initial_loss, "loss": result.loss}
-    result.schedule = replace(result.schedule, provenance={**facts, **results(found, rivals, rollout.mu)})
-    best = next(iter(rivals))
-    accelerator.print(f"validation loss {result.loss:.6g}; {best}, the best hand-made grid, {rivals[best]:.6g}")
-    if not args.allow_worse:
-        refuse_worse(nfe, result.loss, rivals)
-    if accelerator.is_main_process:
-        pictures = {"learned": result.schedule, f"start: {start}": initial, f"best grid: {best}": grids[best]}
-        save(args.output_dir, result.schedule, stock, problem.path, pictures, result.history)
-    accelerator.wait_for_everyone()
+    schedule = replace(schedule, provenance={**facts, **results(found, beaten, rollout.mu)})
+    best = next(iter(beaten))
+    pictures = {"learned": schedule, f"start: {start}": initial, f"best grid: {best}": grids[best]}
+    write(args, problem, schedule, pictures, result)
     return len(result.history)
 
 
+def learn_curve(args, recipe: Recipe, spec: SolverSpec, problem: Problem, facts: dict) -> None:
+    """The same for one curve that serves every count from the least to the largest that it is learned on."""
+    path, counts = problem.path, sorted(args.nfe)
+    starts = {nfe: starting_point(args, nfe, recipe, spec, problem) for nfe in counts}
+    result = run(args, recipe, problem, {nfe: initial for nfe, (_, _, initial) in starts.items()}, counts, facts, 0)
+    schedules = {nfe: result.schedule.schedule(nfe, path) for nfe in counts}
+    found: dict[str, Any] = {
+        "initial_loss": result.initial_loss,
+        "loss": result.loss,
+        "losses": {},
+        "best_grid_losses": {},
+    }
+    for nfe, schedule in schedules.items():
+        loss = problem.mean_loss(schedule, problem.valid, pass_size(recipe))
+        beaten = judged(args, nfe, loss, problem, starts[nfe][0], recipe)
+        found["losses"][str(nfe)], found["best_grid_losses"][str(nfe)] = loss, min(beaten.values())
+    for _, _, initial in starts.values():
+        facts = with_start(facts, initial.provenance)
+    curve = replace(result.schedule, provenance={**facts, **results(found, {}, problem.rollout.mu)})
+    write(args, problem, curve, {f"{nfe} evaluations": schedule for nfe, schedule in schedules.items()}, result)
+
+
+def judged(
+    args, nfe: int, loss: float, problem: Problem, grids: dict[str, Schedule], recipe: Recipe
+) -> dict[str, float]:
+    """The losses of the best hand-made grids on the validation pairs, best first.
+
+    Raises:
+        LosesToGrid: if the learned one is no better, unless `--allow_worse`.
+    """
+    beaten = rivals(problem, grids, batch_size=pass_size(recipe))
+    best = next(iter(beaten))
+    problem.accelerator.print(
+        f"{nfe} evaluations: validation loss {loss:.6g}; {best}, the best hand-made grid, {beaten[best]:.6g}"
+    )
+    if not args.allow_worse:
+        refuse_worse(nfe, loss, beaten)
+    return beaten
+
+
+def write(args, problem: Problem, learned: Schedule | ScheduleCurve, pictures: dict, result: LearnResult) -> None:
+    if problem.accelerator.is_main_process:
+        stock = problem.rollout.stock_scheduler.config
+        save(args.output_dir, learned, stock, problem.path, pictures, result.history)
+    problem.accelerator.wait_for_everyone()
+
+
 def pass_size(recipe: Recipe) -> int | None:
-    return getattr(recipe, "micro_batch_size", None) or recipe.batch_size
+    return recipe.micro_batch_size or getattr(recipe, "batch_size", None)
 
 
 def starting_point(
-    args, nfe: int, recipe, spec, problem, grids: dict[str, Schedule], grid: dict, config
-) -> tuple[str, Schedule]:
-    """What learning starts from, and its name."""
-    path, name = problem.path, args.discretization
+    args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem
+) -> tuple[dict[str, Schedule], str, Schedule]:
+    """The hand-made schedules by name, the name of what learning starts from, and that."""
+    path, config, name = problem.path, problem.rollout.scheduler.config, args.discretization
+    # Times of flow models are learned before their resolution shift, where that is possible.
+    grid = {"final_sigmas_type": args.final_sigmas_type, "final": bool(config.shift_terminal)}
+    stock = dict(problem.rollout.stock_scheduler.config)
+    grids = candidates(path, nfe, spec, config.prediction_type, stock_config=stock, **grid)
+    name, initial = _start(args, nfe, recipe, spec, problem, grids, grid)
+    problem.accelerator.print(f"{nfe} evaluations: starting from {name}")
+    return grids, name, initial
+
+
+def _start(args, nfe: int, recipe, spec, problem, grids: dict[str, Schedule], grid: dict) -> tuple[str, Schedule]:
+    path, config, name = problem.path, problem.rollout.scheduler.config, args.discretization
     if name == "best" and recipe.name == "published":
         name = "time_uniform" if recipe.mode == "time" else "logsnr"  # where it starts by itself
     if name == "best":
-        losses = grid_search(problem, grids, batch_size=pass_size(recipe))
+        losses = grid_search(problem, grids, batch_size=pass_size(recipe), count=FEW_PAIRS)
         name = next(iter(losses))
         if not math.isfinite(losses[name]):
             raise ValueError("no hand-made grid has a finite loss; use another solver or more evaluations")
@@ -171,12 +228,14 @@ def starting_point(
     return name, grid_schedule(name, path, nfe, spec, config.prediction_type, **grid)
 
 
-def run(args, recipe: Recipe, problem: Problem, initial: Schedule, facts: dict, logged: int) -> LearnResult:
-    accelerator, nfe = problem.accelerator, initial.nfe
-    steps = recipe.max_steps if recipe.name == "default" else recipe.steps(len(problem.train))
-    progress = tqdm(
-        total=steps, desc=f"learning {nfe} evaluations", unit="step", disable=not accelerator.is_local_main_process
-    )
+def run(
+    args, recipe: Recipe, problem: Problem, initial, nfe: int | list[int], facts: dict, logged: int
+) -> LearnResult:
+    """Learn; `initial` is a schedule for `nfe` evaluations or, for a curve, one for each of these counts."""
+    accelerator, folder = problem.accelerator, f"nfe-{nfe}" if isinstance(nfe, int) else CURVE_FOLDER
+    steps = recipe.steps(len(problem.train)) if recipe.name == "published" else recipe.max_steps
+    what = f"{nfe} evaluations" if isinstance(nfe, int) else f"a curve for {nfe[0]} to {nfe[-1]} evaluations"
+    progress = tqdm(total=steps, desc=f"learning {what}", unit="step", disable=not accelerator.is_local_main_process)
 
     def report(done: int, entry: dict[str, float]) -> None:
         progress.update(done - progress.n)
@@ -187,7 +246,7 @@ def run(args, recipe: Recipe, problem: Problem, initial: Schedule, facts: dict, 
             settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
             accelerator.init_trackers("train_ld3", settings)
         if accelerator.log_with:
-            finite = {f"nfe-{nfe}/{key}": value for key, value in entry.items() if math.isfinite(value)}
+            finite = {f"{folder}/{key}": value for key, value in entry.items() if math.isfinite(value)}
             accelerator.log(finite, step=logged + done)
 
     try:
@@ -201,7 +260,7 @@ def run(args, recipe: Recipe, problem: Problem, initial: Schedule, facts: dict, 
             objective=problem.objective,
             accelerator=accelerator,
             seed=args.seed,
-            checkpoint_dir=Path(args.output_dir, f"nfe-{nfe}"),
+            checkpoint_dir=Path(args.output_dir, folder),
             checkpointing_steps=args.checkpointing_steps,
             checkpoints_total_limit=args.checkpoints_total_limit,
             resume_from_checkpoint=args.resume_from_checkpoint,

@@ -15,7 +15,7 @@ from ld3_diffusers.noise_path import RectifiedFlow, VPLinear
 from ld3_diffusers.schedule import SolverSpec
 from tests.training.toy import grid_schedule, make_pairs, toy
 from training.learner import Problem, learn
-from training.recipe import DefaultRecipe, PublishedRecipe
+from training.recipe import AdamRecipe, DefaultRecipe, PublishedRecipe
 
 
 PROBLEMS = {
@@ -25,24 +25,22 @@ PROBLEMS = {
     "dpmpp2-8": (VPLinear(), SolverSpec("dpmpp", 2), 8),
     "flow-dpmpp2-4": (RectifiedFlow(), SolverSpec("dpmpp", 2), 4),
 }
-D = DefaultRecipe()
+D, A = DefaultRecipe(), AdamRecipe()
 RECIPES = {
     "published, lambda": PublishedRecipe(),
     "published, time": PublishedRecipe(mode="time"),
     "published, hard": PublishedRecipe(mode="time", radius=0.0),
     "default": D,
     "times only": replace(D, learn=("times",)),
-    "network times only": replace(D, learn=("network_times",)),
-    "full batch": replace(D, batch_size=None),
-    "batch 4": replace(D, batch_size=4),
-    "times first": replace(D, times_first=0.33),
-    "no averaging": replace(D, averaging=None),
-    "relaxation": replace(D, relaxation=1e-3),
-    "wide relaxation": replace(D, relaxation=1e-2),
-    "slow": replace(D, lr_times=0.03, lr_network_times=0.01),
-    "fast": replace(D, lr_times=0.2, lr_network_times=0.06),
-    "150 steps": replace(D, max_steps=150),
-    "600 steps": replace(D, max_steps=600),
+    "both times": replace(D, learn=("times", "network_times")),
+    "window 1": replace(D, coefficient_window=1),
+    "window 2": replace(D, coefficient_window=2),
+    "adam": A,
+    "adam, both times": replace(A, learn=("times", "network_times")),
+    "adam, full batch": replace(A, batch_size=None),
+    "adam, no averaging": replace(A, averaging=None),
+    "adam, relaxation": replace(A, relaxation=1e-3),
+    "adam, 600 steps": replace(A, max_steps=600),
 }
 
 

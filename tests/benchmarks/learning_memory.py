@@ -4,7 +4,8 @@
     python -m tests.benchmarks.learning_memory [--models sd15 flux-dev] [--nfe 4 10] [--micro_batch_sizes 1 2] [--dtypes bf16]
 
 The networks have the published architectures and random weights; text encoders are not loaded, the autoencoder is. Measured is a
-micro-batch of the default recipe: rollout with guidance, latent loss, gradient. All in GB of 1e9 bytes, weights included.
+micro-batch with guidance and latent loss: of the default recipe, which differentiates nothing, the end state's derivatives by finite differences,
+of "adam" the rollout and its gradient. All in GB of 1e9 bytes, weights included.
 
 On CUDA this is `torch.cuda.max_memory_allocated`, with seconds per iteration. Without a GPU it is accounted: weights and latents
 are fake tensors, autograd runs the pipeline at full size and depth on their shapes, and the bytes of all tensors alive at once
@@ -14,11 +15,13 @@ peak is that of PyTorch's allocator, with the kernels' workspaces.
 """
 
 import argparse
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import (
@@ -39,13 +42,15 @@ from torch.utils._pytree import tree_leaves
 
 from ld3_diffusers import SolverSpec
 from training.initial import grid_schedule
-from training.learner import Problem
+from training.learner import Problem, parameters_for
+from training.learner_adam import AdamLearner
 from training.learner_default import DefaultLearner
-from training.recipe import DefaultRecipe
+from training.recipe import AdamRecipe, DefaultRecipe
 from training.rollout import PipelineRollout
 
 
 GB = 1e9
+RECIPES = (("default", False), ("adam", False), ("adam", True))  # and whether the network is recomputed block by block
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -190,6 +195,7 @@ class Case:
     micro_batch_size: int
     nfe: int
     gradient_checkpointing: bool
+    recipe: str = "adam"
 
 
 class Pairs:
@@ -223,7 +229,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def learner_of(case: Case, device: str = "cpu", fake: FakeTensorMode | None = None):
-    """(model, learner), with weights and pairs that are fake tensors if `fake` is given."""
+    """(model, function that does what an iteration does for a micro-batch), with weights and pairs that are fake tensors if `fake` is
+    given."""
 
     @contextmanager
     def room() -> Iterator[None]:
@@ -238,8 +245,15 @@ def learner_of(case: Case, device: str = "cpu", fake: FakeTensorMode | None = No
         prediction_type = rollout.scheduler.config.prediction_type
         initial = grid_schedule("time_uniform", rollout.path, case.nfe, SolverSpec("unipc"), prediction_type)
         problem = Problem(rollout, pairs, pairs, rollout.path, device=torch.device(device))
-        recipe = DefaultRecipe(batch_size=case.micro_batch_size)
-        yield model, DefaultLearner(problem, recipe, initial, seed=0)
+        if case.recipe == "adam":
+            learner = AdamLearner(problem, AdamRecipe(batch_size=case.micro_batch_size), initial, seed=0)
+            compute = learner._differentiate
+        else:
+            recipe = DefaultRecipe()
+            learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, rollout.path))
+            learner.alone = True
+            compute = partial(learner._linearise, 0, at_once=1)
+        yield model, partial(compute, list(range(case.micro_batch_size)))
 
 
 def accounted(case: Case) -> tuple[int, int]:
@@ -247,42 +261,43 @@ def accounted(case: Case) -> tuple[int, int]:
 
     Attention is the fused one, as on GPUs, which keeps no N x N matrix; where it cannot be, PyTorch raises.
     """
-    with learner_of(case, fake=FakeTensorMode(allow_non_fake_inputs=True)) as (model, learner):
+    with learner_of(case, fake=FakeTensorMode(allow_non_fake_inputs=True)) as (model, compute):
         live = LiveBytes()
         for tensor in model.weights:
             live.add(tensor)
         weights = live.live
         # The mode is left: what has a fake input is fake, and the scheduler computes with its own real times.
         with live, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            learner._differentiate(list(range(case.micro_batch_size)))
+            compute()
     return weights, live.peak
 
 
 def measured_on_cpu(case: Case) -> int:
     """Bytes at the peak of one micro-batch that PyTorch's CPU allocator handed out, with the weights and the pairs."""
-    with learner_of(case) as (model, learner):
+    with learner_of(case) as (model, compute):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            learner._differentiate(list(range(case.micro_batch_size)))
-        pairs = learner.problem.train
-        before = {t.untyped_storage() for t in (*model.weights, *pairs.embeddings.values(), pairs.noise, pairs.end)}
+            compute()
+        given = (*model.weights, *model.embeddings.values())
+        before = {t.untyped_storage() for t in given}
+        pairs = 2 * 4 * case.micro_batch_size * math.prod(model.shape)  # noises and ends, float32
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return sum(storage.nbytes() for storage in before) + peak
+    return sum(storage.nbytes() for storage in before) + pairs + peak
 
 
 def measured_on_cuda(case: Case, iterations: int = 3) -> tuple[int, int, float]:
     """Bytes of the weights and at the peak, and seconds per iteration."""
-    with learner_of(case, "cuda") as (_, learner):
+    with learner_of(case, "cuda") as (_, compute):
         weights = torch.cuda.memory_allocated()
-        learner.step()  # kernels are chosen here
+        compute()  # kernels are chosen here
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(iterations):
-            learner.step()
+            compute()
         torch.cuda.synchronize()
         return weights, torch.cuda.max_memory_allocated(), (time.perf_counter() - start) / iterations
 
@@ -292,13 +307,13 @@ def measured_on_cuda(case: Case, iterations: int = 3) -> tuple[int, int, float]:
 
 def check_accounting(names: list[str]) -> None:
     print("accounted against measured, smaller configurations on the CPU, fp32, GB")
-    print(f"{'model':<12}{'NFE':>5}{'blocks':>8}{'accounted':>11}{'measured':>10}")
+    print(f"{'model':<12}{'recipe':>9}{'NFE':>5}{'blocks':>8}{'accounted':>11}{'measured':>10}")
     for name in names:
-        for nfe, blocks in ((4, False), (4, True)):
-            case = Case(MODELS[name][1], torch.float32, 1, nfe, blocks)
+        for recipe, blocks in RECIPES:
+            case = Case(MODELS[name][1], torch.float32, 1, 4, blocks, recipe)
             peak, real = accounted(case)[1], measured_on_cpu(case)
             shown = "yes" if blocks else "no"
-            print(f"{name:<12}{nfe:>5}{shown:>8}{peak / GB:>11.3f}{real / GB:>10.3f}", flush=True)
+            print(f"{name:<12}{recipe:>9}{4:>5}{shown:>8}{peak / GB:>11.3f}{real / GB:>10.3f}", flush=True)
 
 
 def main(argv=None) -> None:
@@ -316,22 +331,22 @@ def main(argv=None) -> None:
         f"\n{'measured on CUDA' if cuda else 'accounted'}, true size, GB; 'blocks': gradient checkpointing of blocks"
     )
     print(
-        f"{'model':<12}{'dtype':>6}{'pairs':>7}{'blocks':>8}{'NFE':>5}{'weights':>9}{'peak':>8}{'limit':>7}{'s/iteration':>13}"
+        f"{'model':<12}{'dtype':>6}{'pairs':>7}{'recipe':>9}{'blocks':>8}{'NFE':>5}{'weights':>9}{'peak':>8}{'limit':>7}{'s/micro-batch':>15}"
     )
     for name in args.models:
         build, _, limit, dtypes, sizes = MODELS[name]
         cases = [
-            (dtype, Case(build, DTYPES[dtype], size, nfe, blocks))
+            (dtype, Case(build, DTYPES[dtype], size, nfe, blocks, recipe))
             for dtype in args.dtypes or dtypes
             for size in args.micro_batch_sizes or sizes
-            for blocks in (False, True)
+            for recipe, blocks in RECIPES
             for nfe in args.nfe
         ]
         for dtype, case in cases:
             weights, peak, *seconds = measured_on_cuda(case) if cuda else accounted(case)
             print(
-                f"{name:<12}{dtype:>6}{case.micro_batch_size:>7}{'yes' if case.gradient_checkpointing else 'no':>8}{case.nfe:>5}"
-                f"{weights / GB:>9.2f}{peak / GB:>8.2f}{limit:>7}{format(seconds[0], '.2f') if seconds else '-':>13}",
+                f"{name:<12}{dtype:>6}{case.micro_batch_size:>7}{case.recipe:>9}{'yes' if case.gradient_checkpointing else 'no':>8}{case.nfe:>5}"
+                f"{weights / GB:>9.2f}{peak / GB:>8.2f}{limit:>7}{format(seconds[0], '.2f') if seconds else '-':>15}",
                 flush=True,
             )
 

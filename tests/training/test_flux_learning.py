@@ -146,7 +146,7 @@ def pairs(room, name, *more):
 def learn(room, name, output, *more):
     given = ["--teacher", str(room / "flux"), "--teacher_set", str(room / name), "--output_dir", str(output)]
     given += ["--nfe", "3", "--num_train", "4", "--num_valid", "2", "--max_train_steps", "3", "--report_to", "none"]
-    train_ld3.main([*given, "--validation_steps", "1", "--allow_worse", *more])
+    train_ld3.main([*given, "--allow_worse", *more])
     return LD3Scheduler.from_pretrained(output)
 
 

@@ -16,6 +16,7 @@ from tests.benchmarks.learning_memory import (
     DTYPES,
     GB,
     MODELS,
+    RECIPES,
     Case,
     LiveBytes,
     accounted,
@@ -114,8 +115,8 @@ def test_accounted_bytes_are_those_that_a_real_run_allocates(build, options):
     def small(pairs, room):
         return build(pairs, room, vae_widths=(32,) * 4, **options)
 
-    for blocks in (False, True):
-        case = Case(small, torch.float32, 2, 2, blocks)
+    for recipe, blocks in RECIPES:
+        case = Case(small, torch.float32, 2, 2, blocks, recipe)
         peak, measured = accounted(case)[1], measured_on_cpu(case)
         # what is left are the kernels' workspaces
         assert abs(peak - measured) < 0.05 * measured, (peak, measured)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both maps from free numbers to schedules: the published one against its authors' numbers, ours against what it promises."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +209,9 @@ def test_given_network_times_are_kept_and_fences_move_for_them():
 )
 def test_gradients_agree_with_finite_differences(name, solver, end):
     path = PATHS[name]
-    parameters = GapParameters(schedule(path, "time_uniform", 5, SolverSpec(solver), end), path)
+    parameters = GapParameters(
+        schedule(path, "time_uniform", 5, SolverSpec(solver), end), path, learn=("times", "network_times")
+    )
     randomise(parameters, 1, spread=0.5)
     weights = torch.randn(11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -275,9 +278,36 @@ def test_only_what_is_learned_is_a_parameter():
         found = parameters.schedule()
         assert torch.allclose(found.times, initial.times, atol=1e-12, rtol=0) == (learn == ("network_times",))
         assert torch.allclose(found.network_times, found.times[:-1], atol=1e-12, rtol=0) == (learn == ("times",))
-    for learn in ((), ("coefficients",), ("times", "times")):
+    for learn in ((), ("weights",), ("times", "times")):
         with pytest.raises(ValueError, match="cannot learn"):
             GapParameters(initial, path, learn=learn)
+
+
+def test_coefficients_are_residuals_within_a_window():
+    path, given = PATHS["sd"], torch.ones(4, 3).double().tril() / 50
+    initial = schedule(path, "logsnr", 4, SolverSpec("dpmpp"), "zero")
+    plain = GapParameters(initial, path, learn=("coefficients",), coefficient_window=2)
+    assert len(plain.groups["coefficients"]) == 1 + 2 + 2 + 2
+    assert plain.schedule().residuals.shape == (4, 2) and not plain.schedule().residuals.any()
+    randomise(plain, 0, spread=0.1)
+    found = plain.schedule().residuals
+    assert (found.detach() != 0).tolist() == [[True, False], [True, True], [True, True], [True, True]]
+    # what is given stays, outside of the window too
+    parameters = GapParameters(replace(initial, residuals=given), path, coefficient_window=1)
+    assert torch.equal(parameters.schedule().residuals.detach(), given)
+    randomise(parameters, 0, spread=0.1)
+    moved = parameters.schedule().residuals.detach()
+    assert torch.equal(moved[:, 1:], given[:, 1:]) and (moved[:, 0] != given[:, 0]).all()
+    assert GapParameters(initial, path, learn=("times",)).schedule().residuals is None
+
+
+def test_all_parameters_are_one_vector():
+    path = PATHS["flow"]
+    first, second = (GapParameters(schedule(path, "time_uniform", 5, SolverSpec("unipc")), path) for _ in range(2))
+    randomise(first, 3)
+    second.set_vector(first.vector())
+    assert torch.equal(second.vector(), first.vector())
+    assert torch.equal(second.schedule().residuals, first.schedule().residuals)
 
 
 def test_state_round_trip_and_refusal():

@@ -23,11 +23,12 @@ from ld3_diffusers import LD3Scheduler
 from tests.tiny_pipelines import PIPELINES
 from tests.training.rollouts import schedule_for
 from training import train_ld3
-from training.learner import Problem, learn
+from training.learner import Problem, learn, parameters_for
+from training.learner_adam import AdamLearner
 from training.learner_default import DefaultLearner
 from training.learner_published import PublishedLearner
 from training.processes import lost_process_message, on_main, shard, share, turns
-from training.recipe import DefaultRecipe, PublishedRecipe
+from training.recipe import AdamRecipe, DefaultRecipe, PublishedRecipe
 from training.rollout import PipelineRollout
 
 
@@ -35,7 +36,8 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ("-m", "training.train_ld3")
 # a batch of three micro-batches, the last one smaller: two for one process, one for the other
 RECIPES = {
-    "default": DefaultRecipe(max_steps=3, batch_size=5, micro_batch_size=2, validation_steps=1, relaxation=1e-3),
+    "default": DefaultRecipe(max_steps=2, first_pairs=5, micro_batch_size=2),
+    "adam": AdamRecipe(max_steps=3, batch_size=5, micro_batch_size=2, validation_steps=1, relaxation=1e-3),
     "published": PublishedRecipe(
         mode="time", rounds_v1=1, rounds_v2=1, batch_size=5, valid_batch_size=3, micro_batch_size=2, radius=1e-2
     ),
@@ -84,14 +86,20 @@ def learn_on_tiny_sd(folder, prepare=lambda pipe, accelerator: None, recipes=tup
     problem, initial = tiny_problem(accelerator, lambda pipe: prepare(pipe, accelerator))
     for name in recipes:
         recipe = RECIPES[name]
-        learner = (DefaultLearner if name == "default" else PublishedLearner)(problem, recipe, initial, 0)
-        learner.start(1.0)
-        learner.step()
-        gradients = torch.cat([value.grad for value in learner.parameters.parameters()])
+        if name == "default":
+            learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, problem.path))
+            learner.alone = True
+            gradients, moved = torch.cat([part.flatten() for part in learner._linearised(range(5))[1:]]), {}
+        else:
+            learner = {"adam": AdamLearner, "published": PublishedLearner}[name](problem, recipe, initial, 0)
+            learner.start(1.0)
+            learner.step()
+            gradients = torch.cat([value.grad for value in learner.parameters.parameters()])
+            moved = learner.moved
         arguments = (problem.rollout, problem.train, problem.valid, initial, recipe)
         result = learn(*arguments, path=problem.path, accelerator=accelerator)
         times = torch.cat([result.schedule.times, result.schedule.network_times])
-        values = {"gradients": gradients, "times": times, "moved": learner.moved, "history": result.history}
+        values = {"gradients": gradients, "times": times, "moved": moved, "history": result.history}
         values["loss"] = result.loss
         torch.save(values, f"{folder}/{name}-{accelerator.num_processes}-{accelerator.process_index}.pt")
 
@@ -135,7 +143,7 @@ def _share_and_raise(folder):
         on_main(lambda: _refuse(f"the disk of {accelerator.process_index} is full"), accelerator)
 
     problem, initial = tiny_problem(accelerator)
-    recipe = DefaultRecipe(max_steps=1, batch_size=4, micro_batch_size=None)
+    recipe = AdamRecipe(max_steps=1, batch_size=4, micro_batch_size=None)
     message = "keeps only 1 of 2 processes busy; lower --micro_batch_size"
     with pytest.warns(UserWarning, match=message) if accelerator.is_main_process else pytest.raises(StopIteration):
         learn(
@@ -285,6 +293,7 @@ def arguments(room, output, *more) -> list[str]:
         "nfe": 3,
         "solver": "dpmpp",
         "discretization": "edm",
+        "recipe": "adam",
         "max_train_steps": 10,
         "validation_steps": 2,
         "train_batch_size": 5,

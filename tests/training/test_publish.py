@@ -41,10 +41,9 @@ def room(tmp_path_factory):
     prompts = ["--prompts_file", str(folder / "learn.txt")]
     pairs = ["--output_dir", str(folder / "pairs"), "--num_samples", "32", "--num_inference_steps", "20"]
     make_teacher_set.main(teacher + pairs + call + prompts)
-    for nfe, steps in ((5, 40), (3, 1)):
+    for nfe, recipe in ((5, []), (3, ["--recipe", "adam", "--max_train_steps", "1"])):
         learn = ["--teacher_set", str(folder / "pairs"), "--nfe", str(nfe), "--output_dir", str(folder / "schedules")]
-        learn += ["--solver", "unipc", "--max_train_steps", str(steps), "--train_batch_size", "8"]
-        train_ld3.main(teacher + learn + ["--validation_steps", "5", "--report_to", "none", "--allow_worse"])
+        train_ld3.main([*teacher, *learn, *recipe, "--solver", "unipc", "--report_to", "none", "--allow_worse"])
     return folder
 
 

@@ -20,6 +20,7 @@ from training import (
 )
 from training.arguments import parse, read_recipe
 from training.call_settings import check_call_arguments
+from training.learner_default import DAMPINGS, FEWEST_HELD_OUT
 from training.learning_arguments import solver_of
 from training.prompts import read_prompts
 from training.published_results import data_sets
@@ -79,7 +80,7 @@ def recipe(tmp_path):
         "about: {anything: [1, 2], nfe: many}\n"
         "common:\n  teacher: some/teacher\n  mixed_precision: fp16\n  seed: 3\n"
         "make_teacher_set:\n  num_samples: 12\n  train_batch_size: 4\n"
-        "train_ld3:\n  nfe: [4, 5, 6]\n  seed: 4\n  train_batch_size: 8\n  gradient_checkpointing: true\n"
+        "train_ld3:\n  nfe: [4, 5, 6]\n  seed: 4\n  micro_batch_size: 8\n  gradient_checkpointing: true\n"
         "  lower_order_final: false\n  variant: null\n"
         "publish:\n"
     )
@@ -91,7 +92,7 @@ def test_each_program_reads_common_and_its_own_section(recipe):
     for args in (made, learned):
         assert args.pretrained_model_name_or_path == "some/teacher" and args.mixed_precision == "fp16"
     assert (made.num_samples, made.train_batch_size, made.seed) == (12, 4, 3)
-    assert (learned.nfe, learned.recipe_batch_size, learned.seed) == ([4, 5, 6], 8, 4)
+    assert (learned.nfe, learned.recipe_micro_batch_size, learned.seed) == ([4, 5, 6], 8, 4)
     assert learned.gradient_checkpointing and not learned.lower_order_final and learned.variant is None
 
 
@@ -195,7 +196,12 @@ def learning_evaluations(args) -> int:
     """Network evaluations of one sample; an evaluation that is differentiated counts as four: forward, again, backward as two."""
     recipe = learning_arguments.recipe_of(args)
     if recipe.name == "default":
-        return recipe.max_steps * args.recipe_batch_size * sum(args.nfe) * 4
+        pairs = [min(recipe.first_pairs * 2**i, args.num_train) for i in range(recipe.max_steps)]
+        held_out = [min(max(count, FEWEST_HELD_OUT), args.num_valid) for count in pairs]
+        tried = 1 + len(DAMPINGS)
+        return sum(
+            n * (n - 1) * (n + 10) // 6 * sum(pairs) + 3 * n * sum(pairs) + tried * n * sum(held_out) for n in args.nfe
+        )
     iterations = -(-args.num_train // recipe.batch_size)
     first_validation = min(args.num_valid, recipe.valid_batch_size)
     # Every sample is differentiated and tried again; validation noises are moved once a round in the same way.

@@ -264,7 +264,7 @@ def test_learning_starts_from_a_search(room, tmp_path, monkeypatch, capsys, name
         name,
         "--allow_worse",
     ]
-    given += ["--max_train_steps", "2", "--validation_steps", "1", "--report_to", "none", "--checkpointing_steps", "1"]
+    given += ["--max_train_steps", "2", "--report_to", "none", "--checkpointing_steps", "1"]
     monkeypatch.setattr(search, "GITS_POINTS", 9)
     monkeypatch.setattr(search, "OSS_POINTS", 9)
     train_ld3.main(given)

@@ -39,12 +39,26 @@ def room(tmp_path_factory):
     return folder
 
 
-def arguments(room, output, *more, nfe=3):
-    given = ["--teacher", str(room / "sd"), "--output_dir", str(output), "--nfe", str(nfe)]
+OF_RECIPES = {
+    "adam": [
+        "--max_train_steps",
+        "6",
+        "--validation_steps",
+        "2",
+        "--train_batch_size",
+        "4",
+        "--checkpointing_steps",
+        "2",
+    ],
+    "default": ["--max_train_steps", "3", "--first_pairs", "2", "--checkpointing_steps", "1"],
+}
+
+
+def arguments(room, output, *more, nfe=3, recipe="adam"):
+    given = ["--teacher", str(room / "sd"), "--output_dir", str(output), "--nfe", str(nfe), "--recipe", recipe]
     if "--no_set" not in more:
         given += ["--teacher_set", str(room / "pairs"), "--num_train", "5", "--num_valid", "3"]
-    given += ["--solver", "dpmpp", "--max_train_steps", "6", "--validation_steps", "2", "--report_to", "none"]
-    given += ["--train_batch_size", "4", "--checkpointing_steps", "2", "--checkpoints_total_limit", "1"]
+    given += ["--solver", "dpmpp", "--report_to", "none", "--checkpoints_total_limit", "1", *OF_RECIPES[recipe]]
     return given + [argument for argument in more if argument != "--no_set"]
 
 
@@ -52,24 +66,27 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_learns_saves_and_serves_several_counts_from_one_folder(room, tmp_path):
+@pytest.mark.parametrize("recipe, steps", [("adam", 6), ("default", 3)])
+def test_learns_saves_and_serves_several_counts_from_one_folder(room, tmp_path, recipe, steps):
     output = tmp_path / "schedules"
-    train_ld3.main(arguments(room, output))
+    train_ld3.main(arguments(room, output, recipe=recipe))
     assert files(output) == {
         "scheduler_config.json",
         "nfe-3/schedule.png",
         "nfe-3/training_log.jsonl",
-        "nfe-3/checkpoint-6/learner.pt",
+        f"nfe-3/checkpoint-{steps}/learner.pt",
     }
     log = [json.loads(line) for line in (output / "nfe-3" / "training_log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in log] == list(range(1, steps + 1))
     first = LD3Scheduler.from_pretrained(output)
     assert first.learned_counts == [3]
     UniPCMultistepScheduler.from_pretrained(output)  # a stock class reads it, too
     facts = first.config.schedules["3"]["provenance"]
     assert facts["loss"] < facts["best_grid_loss"]
     assert facts["loss"] == min(entry["valid_loss"] for entry in log if "valid_loss" in entry)
-    assert facts["guidance_scale"] == 2 and facts["height"] == 32 and facts["recipe"] == "default"
+    assert facts["guidance_scale"] == 2 and facts["height"] == 32 and facts["recipe"] == recipe
+    residuals = first.learned_schedules[3].residuals
+    assert residuals.shape == (3, 3) and residuals.any()
     assert facts["teacher_name"] == "sd" and facts["teacher_solver"] == "unipc" and facts["teacher_steps"] == 20
     fox, bird = sorted([prompt_hash("a red fox"), prompt_hash("a blue bird")])
     assert facts["learned_on"] == {
@@ -78,7 +95,7 @@ def test_learns_saves_and_serves_several_counts_from_one_folder(room, tmp_path):
     }
     assert str(tmp_path) not in (output / "scheduler_config.json").read_text()
 
-    train_ld3.main(arguments(room, output, "--solver", "unipc", nfe=2))
+    train_ld3.main(arguments(room, output, "--solver", "unipc", nfe=2, recipe=recipe))
     both = LD3Scheduler.from_pretrained(output)
     assert both.learned_counts == [2, 3]
     assert both.config.schedules["3"] == first.config.schedules["3"]
@@ -86,13 +103,14 @@ def test_learns_saves_and_serves_several_counts_from_one_folder(room, tmp_path):
 
     # Starting from what was learned begins at its loss, and need not lose it.
     again = tmp_path / "again"
-    train_ld3.main(arguments(room, again, "--discretization", str(output)))
+    train_ld3.main(arguments(room, again, "--discretization", str(output), recipe=recipe))
     assert LD3Scheduler.from_pretrained(again).config.schedules["3"]["provenance"]["initial_loss"] == facts["loss"]
 
 
-def test_the_saved_schedule_samples_as_it_was_judged(room, tmp_path):
+@pytest.mark.parametrize("recipe", ["adam", "default"])
+def test_the_saved_schedule_samples_as_it_was_judged(room, tmp_path, recipe):
     output = tmp_path / "schedules"
-    train_ld3.main(arguments(room, output))
+    train_ld3.main(arguments(room, output, recipe=recipe))
     pipe = DiffusionPipeline.from_pretrained(room / "sd")
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = LD3Scheduler.from_pretrained(output)
@@ -105,25 +123,26 @@ def test_the_saved_schedule_samples_as_it_was_judged(room, tmp_path):
     assert float(((end - target) ** 2).mean()) == pytest.approx(facts["loss"], rel=1e-4)
 
 
-def test_an_interrupted_run_continues_to_the_same_file(room, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe, killed, left", [("adam", 5, 4), ("default", 2, 2)])
+def test_an_interrupted_run_continues_to_the_same_file(room, tmp_path, monkeypatch, recipe, killed, left):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_ld3.main(arguments(room, whole))
+    train_ld3.main(arguments(room, whole, recipe=recipe))
     real = train_ld3.learn
 
     def interrupted(*args, callback, **options):
         def kill(done, entry):
             callback(done, entry)
-            if done == 5:
+            if done == killed:
                 raise KeyboardInterrupt
 
         return real(*args, callback=kill, **options)
 
     monkeypatch.setattr(train_ld3, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_ld3.main(arguments(room, broken))
-    assert files(broken) == {"nfe-3/checkpoint-4/learner.pt"}
+        train_ld3.main(arguments(room, broken, recipe=recipe))
+    assert files(broken) == {f"nfe-3/checkpoint-{left}/learner.pt"}
     monkeypatch.setattr(train_ld3, "learn", real)
-    train_ld3.main(arguments(room, broken, "--resume_from_checkpoint", "latest"))
+    train_ld3.main(arguments(room, broken, "--resume_from_checkpoint", "latest", recipe=recipe))
     for name in ("scheduler_config.json", "nfe-3/training_log.jsonl"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
@@ -238,6 +257,49 @@ def test_a_new_run_in_a_folder_leaves_no_checkpoint_of_the_old_one(room, tmp_pat
     train_ld3.main(arguments(room, output))
     train_ld3.main(arguments(room, output, "--learning_rate", "0.01", "--max_train_steps", "3", "--allow_worse"))
     assert [path.name for path in (output / "nfe-3").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_one_curve_serves_every_count_and_is_refined(room, tmp_path, capsys):
+    output = tmp_path / "schedules"
+    curve = arguments(room, output, "--curve", "--nfe", "2", "3", "5", "--allow_worse", recipe="default")
+    train_ld3.main(curve)
+    assert files(output) == {
+        "scheduler_config.json",
+        "curve/schedule.png",
+        "curve/training_log.jsonl",
+        "curve/checkpoint-3/learner.pt",
+    }
+    learned = LD3Scheduler.from_pretrained(output)
+    assert learned.served_counts == [2, 3, 4, 5] and learned.learned_counts == []
+    facts = learned.learned_curve.provenance
+    assert facts["counts_learned_on"] == [2, 3, 5] and facts["loss"] < facts["initial_loss"]
+    assert facts["learned_on"]["train"]["seeds"] == [0, 4]
+    pipe = DiffusionPipeline.from_pretrained(room / "sd")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = learned
+    noise, target, conditioning = TeacherSet.load(room / "pairs").batch([5, 6, 7])
+    call = {"guidance_scale": 2.0, "output_type": "latent", "height": 32, "width": 32}
+    for nfe in (2, 3, 4, 5):
+        end = pipe(**conditioning, latents=noise, num_inference_steps=nfe, **call).images
+        if nfe != 4:
+            assert float(((end - target) ** 2).mean()) == pytest.approx(facts["losses"][str(nfe)], rel=1e-4)
+    before = (output / "scheduler_config.json").read_bytes()
+    train_ld3.main([*curve, "--resume_from_checkpoint", "latest"])
+    assert "has this curve already" in capsys.readouterr().out
+    assert (output / "scheduler_config.json").read_bytes() == before
+
+    # A schedule that starts from the curve, in the same folder, comes before it; the curve stays.
+    train_ld3.main(arguments(room, output, "--init", str(output), "--allow_worse", nfe=4, recipe="default"))
+    refined = LD3Scheduler.from_pretrained(output)
+    assert refined.learned_counts == [4] and refined.config.curve == learned.config.curve
+    assert refined.learned_schedules[4].provenance["loss"] <= refined.learned_schedules[4].provenance["initial_loss"]
+    for given, sentence in (
+        (["--nfe", "3"], "--curve learns on several --nfe"),
+        (["--recipe", "adam"], "--curve learns on several --nfe, by the recipe 'default'"),
+        (["--solver", "heun"], "one evaluation a step"),
+    ):
+        given = arguments(room, tmp_path / "no", "--curve", "--nfe", "3", "5", *given, recipe="default")
+        assert sentence in refused(capsys, given)
 
 
 def test_what_a_start_was_learned_on_counts_as_seen(room, tmp_path):

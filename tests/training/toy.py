@@ -60,11 +60,20 @@ class ToyRollout:
             x = executor.step(x, scaled)
         return x
 
+    def output(self, state: Tensor, time: float, conditioning: dict) -> Tensor:
+        """As `PipelineRollout.output`."""
+        self.evaluations += len(state)
+        return self.network(state, torch.tensor(time, dtype=torch.float64), self.path)
+
+    def rounded(self, schedule: Schedule) -> Schedule:
+        return schedule
+
     def visit(self, schedule: Schedule, noise: Tensor, conditioning: dict, at_step) -> None:
         """As `PipelineRollout.visit`."""
         table = schedule.table(self.path, mu=self.mu)
         executor, x = Executor(table), noise * table.start
         for i, t in enumerate(table.network_times):
+            self.evaluations += len(x)
             output = self.network(x, t, self.path)
             result = executor.step(x, output)
             other = at_step(i, x, output, result)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters of a schedule for every number of evaluations: the matrices of a [`ScheduleCurve`]."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ld3_diffusers.noise_path import NoisePath
+from ld3_diffusers.schedule import Schedule
+from ld3_diffusers.schedule_curve import ScheduleCurve, basis
+
+from .parameters import LEARNABLE, Groups, check_learnable
+
+
+KNOTS = 5
+POWERS = 3
+
+
+class CurveParameters(Groups):
+    """Started from one schedule for each count that it is learned on, as nearly as their steps lie on such a curve.
+
+    Args:
+        initial: schedules by number of evaluations, with one evaluation a step, of one solver, prediction type and end.
+        path: their noise path.
+        learn: of `LEARNABLE`.
+        knots, powers: of the matrices.
+        coefficient_window: predictions that a row's residuals reach back, itself included; None: to the first.
+
+    Raises:
+        ValueError: for schedules that have no such curve.
+    """
+
+    def __init__(
+        self,
+        initial: Mapping[int, Schedule],
+        path: NoisePath,
+        *,
+        learn: tuple[str, ...] = LEARNABLE,
+        knots: int = KNOTS,
+        powers: int = POWERS,
+        coefficient_window: int | None = None,
+    ):
+        check_learnable(learn)
+        self.path, self.nfes = path, sorted(initial)
+        if len(self.nfes) < 2 or self.nfes[0] < 2:
+            raise ValueError("a curve is learned on several numbers of evaluations, of at least 2; name more of them")
+        first = initial[self.nfes[0]]
+        self.to_zero = float(first.times[-1]) == 0
+        for nfe, schedule in initial.items():
+            if schedule.spec.make().stages != 1 or schedule.spec.afs or schedule.nfe != nfe:
+                raise ValueError(
+                    "a curve needs a solver with one evaluation a step and no analytical first one; choose another"
+                )
+            same = schedule.spec == first.spec and schedule.final == first.final
+            if not same or (float(schedule.times[-1]) == 0) != self.to_zero:
+                raise ValueError(
+                    "the schedules that a curve starts from must share solver and end; start from named grids"
+                )
+        self.first, counts = first.detach(), (self.nfes[0], self.nfes[-1])
+        shape = knots, min(powers, len(self.nfes))
+        window = min(coefficient_window or counts[1], counts[1]) if "coefficients" in learn else 0
+        self._values = {
+            "network_times": torch.zeros(shape, dtype=torch.float64),
+            "residuals": torch.zeros(window, *shape, dtype=torch.float64),
+        }
+        functions = torch.cat([basis(nfe, counts, *shape) for nfe in self.nfes])
+        logits = torch.cat([self._logits(initial[nfe]) for nfe in self.nfes])
+        self._values["times"] = torch.linalg.lstsq(functions, logits[:, None], driver="gelsd").solution.view(shape)
+        names = {"coefficients": "residuals"}
+        chosen = [names.get(group, group) for group in LEARNABLE if group in learn]
+        self.groups = {name: self._values[name].requires_grad_() for name in chosen}
+
+    def _logits(self, schedule: Schedule) -> Tensor:
+        """Of its steps' lengths, up to a constant; the last step to clean data ends at the path's smallest time."""
+        times = torch.cat([schedule.times[:-1], schedule.times.new_tensor([self.path.t_min])])
+        u = 1 - times if self.path.kind == "flow" else self.path.lam(times)
+        shares = u.diff().clamp(min=1e-3 * float(u[-1] - u[0]) / len(times)).log()
+        return shares - shares.mean()
+
+    def curve(self) -> ScheduleCurve:
+        return ScheduleCurve(
+            dict(self._values),
+            (self.nfes[0], self.nfes[-1]),
+            self.first.spec,
+            self.path.kind,
+            self.first.prediction_type,
+            self.to_zero,
+            self.first.final,
+        )
+
+    def schedules(self) -> list[Schedule]:
+        """Those of the counts that are learned on."""
+        curve = self.curve()
+        return [curve.schedule(nfe, self.path) for nfe in self.nfes]
+
+    def learned(self) -> ScheduleCurve:
+        return self.curve().detach()
