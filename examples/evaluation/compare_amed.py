@@ -3,7 +3,7 @@
 
     PYTHONPATH=. python examples/evaluation/compare_amed.py --config training/recipes/fashion-sd.yaml
 
-makes teacher pairs, learns schedules on them (LD3's by its own recipe), and evaluates everyone from seeds and prompts that nobody saw.
+makes teacher pairs, learns schedules on them (LD3's as compare_schedules.py does), and evaluates everyone from seeds and prompts that nobody saw.
 Results go to the folder `amed` beside those of compare_schedules.py. Each part continues when the command is given again.
 """
 
@@ -11,13 +11,14 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+import compare_schedules
+
 from ld3_diffusers import LD3Scheduler, load_scheduler
 from ld3_diffusers.amed import amed_schedule
-from training import evaluate, make_teacher_set, train_amed, train_ld3
+from training import evaluate, train_amed
 from training.arguments import read_recipe
 
 
-FIRST_SEED = 3_000_000  # far from those of the pairs
 FORMS = {"per sample": "per_sample", "static": "static"}
 STUDENTS = {
     "AMED-Solver": ["--solver", "amed", "--solver_order", "2"],
@@ -46,11 +47,7 @@ def folder_of(folder: Path, student: str, form: str) -> Path:
 
 def learn(config: list[str], folder: Path, nfes: list[int]) -> None:
     """Pairs, LD3's schedules and those of all students in both forms."""
-    make_teacher_set.main(config)
-    counts = [str(nfe) for nfe in nfes]
-    train_ld3.main(
-        [*config, "--nfe", *counts, "--allow_worse", "--resume_from_checkpoint", "latest", "--report_to", "none"]
-    )
+    compare_schedules.learn_ld3(config, folder.parent, [str(nfe) for nfe in nfes], compare_schedules.BUDGET)
     learn_students(config, folder, nfes, EVERYWHERE, FORMS)
     others = [student for student in STUDENTS if student not in EVERYWHERE]
     learn_students(config, folder, [nfe for nfe in nfes if nfe == OTHERS_AT], others, FORMS)
@@ -84,7 +81,7 @@ def save_bare_stages(folder: Path, student: str) -> Path:
     return place
 
 
-def contenders(recipe: dict, folder: Path, nfes: list[int]) -> list[str]:
+def contenders(folder: Path, nfes: list[int]) -> list[str]:
     """As `training.evaluate` takes them; LD3, with which the others are compared, first."""
     taking_part = [student for student in STUDENTS if student in EVERYWHERE or OTHERS_AT in nfes]
     learned = [
@@ -97,7 +94,7 @@ def contenders(recipe: dict, folder: Path, nfes: list[int]) -> list[str]:
         for grid in GRIDS
         for afs in ("", ",afs=true")
     ]
-    return [f"{recipe['train_ld3']['output_dir']}:name=LD3", *learned, *bare, *STOCK]
+    return [f"{compare_schedules.ld3_folder(folder.parent)}:name=LD3", *learned, *bare, *STOCK]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,11 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     recipe, config = read_recipe(args.config), ["--config", args.config]
     folder = Path(recipe["train_amed"]["output_dir"])
     learn(config, folder, args.nfe)
-    seeds = f"{FIRST_SEED}-{FIRST_SEED + args.num_samples - 1}"
+    seeds = f"{compare_schedules.FIRST_SEED}-{compare_schedules.FIRST_SEED + args.num_samples - 1}"
     output = ["--output_dir", str(Path(recipe["evaluate"]["output_dir"]) / "amed")]
     counts = [str(nfe) for nfe in args.nfe]
     evaluate.main(
-        [*config, "--schedulers", *contenders(recipe, folder, args.nfe), "--nfe", *counts, "--seeds", seeds, *output]
+        [*config, "--schedulers", *contenders(folder, args.nfe), "--nfe", *counts, "--seeds", seeds, *output]
     )
 
 

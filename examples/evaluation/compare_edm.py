@@ -18,6 +18,10 @@ from training.arguments import read_recipe
 
 
 STUDENTS = ("AMED iPNDM",)
+LD3 = ["--solver", "ipndm", "--solver_order", "3", "--num_train", "128", "--num_valid", "64"]
+# Larger rates throw four evaluations off course in the first iterations.
+LD3 += ["--learning_rate", "0.02", "--learning_rate_network_times", "0.01", "--lr_warmup_steps", "10"]
+LD3 += ["--max_train_steps", "60", "--checkpointing_steps", "20"]
 # The solvers of EDM, AMED and GITS, each on the grids that it is used with there. All of one name are, for a table, the best of them.
 SOLVERS = {
     "Heun": ("solver=heun", ("polynomial",)),
@@ -30,12 +34,11 @@ SOLVERS = {
 
 def contenders(recipe: dict) -> list[str]:
     """As `training.evaluate` takes them; LD3, with which the others are compared, first."""
-    gits = recipe["search_gits"]["output_dir"]
-    amed = Path(recipe["train_amed"]["output_dir"])
+    folder, amed = Path(recipe["search_gits"]["output_dir"]).parent, Path(recipe["train_amed"]["output_dir"])
     return [
-        f"{recipe['train_ld3']['output_dir']}:name=LD3",
+        f"{compare_schedules.ld3_folder(folder)}:name=LD3",
         *(
-            f"{compare_schedules.gits_folder(Path(gits).parent, solver, rescored)}:name=GITS {solver}{' rescored' * rescored}"
+            f"{compare_schedules.gits_folder(folder, solver, rescored)}:name=GITS {solver}{' rescored' * rescored}"
             for solver in compare_schedules.SOLVERS
             for rescored in (False, True)
         ),
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_samples", type=int, default=512, help="to judge on (default: %(default)s)")
     args = parser.parse_args(argv)
     recipe, config, counts = read_recipe(args.config), ["--config", args.config], [str(nfe) for nfe in args.nfe]
-    compare_schedules.search_and_learn(config, Path(recipe["search_gits"]["output_dir"]).parent, counts)
+    compare_schedules.search_and_learn(config, Path(recipe["search_gits"]["output_dir"]).parent, counts, LD3)
     compare_amed.learn_students(config, Path(recipe["train_amed"]["output_dir"]), args.nfe, STUDENTS, ("per sample",))
     seeds = f"{compare_schedules.FIRST_SEED}-{compare_schedules.FIRST_SEED + args.num_samples - 1}"
     evaluate.main([*config, "--schedulers", *contenders(recipe), "--nfe", *counts, "--seeds", seeds])

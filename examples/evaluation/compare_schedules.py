@@ -17,6 +17,9 @@ from training.contenders import is_flow
 
 
 FIRST_SEED = 3_000_000  # far from those of the pairs
+# Learned here are times and network times, by backpropagation; what coefficients add to them: compare_generalised.py.
+LD3 = ["--recipe", "adam", "--learn", "times,network_times", "--loss", "l2"]
+BUDGET = ["--num_train", "256", "--max_train_steps", "100", "--checkpointing_steps", "25"]
 SOLVERS = {
     "UniPC": ["--solver", "unipc", "--solver_order", "2"],
     "iPNDM": ["--solver", "ipndm", "--solver_order", "4"],
@@ -34,15 +37,30 @@ def gits_folder(folder: Path, solver: str, rescored: bool) -> Path:
     return folder / f"gits-{solver.lower()}{'-rescored' if rescored else ''}"
 
 
-def search_and_learn(config: list[str], folder: Path, nfe: list[str]) -> None:
-    """Pairs, and a folder of schedules of LD3 and each kind of GITS, with one for each number of evaluations."""
+def ld3_folder(folder: Path) -> Path:
+    return folder / "ld3"
+
+
+def learn_ld3(config: list[str], folder: Path, nfe: list[str], options: list[str]) -> None:
+    """Pairs, and LD3's schedules, into [`ld3_folder`]."""
     make_teacher_set.main(config)
-    learned = [*config, "--nfe", *nfe]
-    train_ld3.main([*learned, "--allow_worse", "--resume_from_checkpoint", "latest", "--report_to", "none"])
-    for solver, options in SOLVERS.items():
+    output = ["--output_dir", str(ld3_folder(folder)), "--allow_worse", "--resume_from_checkpoint", "latest"]
+    train_ld3.main([*config, "--nfe", *nfe, *LD3, *options, *output, "--report_to", "none"])
+
+
+def search_and_learn(config: list[str], folder: Path, nfe: list[str], options: list[str]) -> None:
+    """Pairs, and a folder of schedules of LD3 and each kind of GITS, with one for each number of evaluations."""
+    learn_ld3(config, folder, nfe, options)
+    for solver in SOLVERS:
         for rescored in (False, True):
-            output = ["--output_dir", str(gits_folder(folder, solver, rescored))]
-            search_gits.main([*learned, *options, "--rescore" if rescored else "--no-rescore", *output])
+            search(config, folder, nfe, solver, rescored)
+
+
+def search(config: list[str], folder: Path, nfe: list[str], solver: str, rescored: bool) -> None:
+    """GITS with a solver of `SOLVERS`, into its [`gits_folder`]."""
+    output = ["--output_dir", str(gits_folder(folder, solver, rescored))]
+    rescore = "--rescore" if rescored else "--no-rescore"
+    search_gits.main([*config, "--nfe", *nfe, *SOLVERS[solver], rescore, *output])
 
 
 def contenders(recipe: dict, folder: Path) -> list[str]:
@@ -59,7 +77,7 @@ def contenders(recipe: dict, folder: Path) -> list[str]:
         for name, (kind, spacings) in NOT_FOR_FLOW.items():
             more += [f"{kind}:name={name},timestep_spacing={spacing}" for spacing in spacings]
     return [
-        f"{recipe['train_ld3']['output_dir']}:name=LD3",
+        f"{ld3_folder(folder)}:name=LD3",
         *gits,
         f"{oss}:name=OSS Euler",
         f"{oss}:name=OSS UniPC,solver=unipc,solver_order=2",
@@ -78,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     recipe, config = read_recipe(args.config), ["--config", args.config]
     folder = Path(recipe["search_gits"]["output_dir"]).parent
-    search_and_learn(config, folder, args.nfe)
+    search_and_learn(config, folder, args.nfe, BUDGET)
     search_oss.main([*config, "--nfe", *args.nfe])
     seeds = f"{FIRST_SEED}-{FIRST_SEED + args.num_samples - 1}"
     evaluate.main([*config, "--schedulers", *contenders(recipe, folder), "--nfe", *args.nfe, "--seeds", seeds])

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it costs to be as near to the teacher as LD3's published procedure ends: network evaluations and seconds, side by side in one run.
+
+    PYTHONPATH=. python examples/evaluation/compare_cost.py --config training/recipes/fashion-flux.yaml
+
+learns as published, to the end, and by the default recipe until its distance to the teacher, on pairs that neither learns or selects on, is no
+larger. An evaluation is that of one sample; backward counts as two, recomputation as one, and choosing the grid to start from is counted, too.
+Both learn with the same solver by the mean squared distance, with the pairs that their recipes say. Counts that are in `cost.json`, beside the
+results of the recipe's `evaluate`, are not measured again.
+"""
+
+import argparse
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import compare_generalised
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ld3_diffusers import LD3Scheduler
+from training import learning_arguments, make_teacher_set
+from training.arguments import parse, read_recipe
+from training.contenders import is_preconditioned
+from training.learner import Problem, learn, parameters_for
+from training.learner_default import DefaultLearner
+from training.learning_pairs import Part, learning_pairs
+from training.learning_problem import learning_problem
+from training.report import write_whole
+from training.train_ld3 import starting_point
+
+
+UNSEEN = 128  # pairs, in the middle of the teacher set: training is on its beginning, validation on its end
+
+
+@dataclass
+class Cost:
+    """Of all that happened while [`counted`]."""
+
+    evaluations: float = 0
+    seconds: float = 0
+
+
+@contextmanager
+def counted(problem: Problem, cost: Cost):
+    def total() -> float:
+        count = problem.rollout.evaluations
+        return count.forward + count.recomputed + 2 * count.backward
+
+    before, start = total(), time.perf_counter()
+    yield
+    cost.evaluations += total() - before
+    cost.seconds += time.perf_counter() - start
+
+
+@contextmanager
+def problem_of(options: list[str]):
+    """Arguments, recipe, problem and unseen pairs of a run of `train_ld3` with these options."""
+    args = parse(learning_arguments.parser(), options)
+    learning_arguments.check(args)
+    accelerator = Accelerator()
+    train, valid = learning_pairs(args, accelerator)
+    first = valid.first - UNSEEN
+    if first < len(train):
+        raise ValueError(f"the teacher set is too small to leave {UNSEEN} pairs unseen; make a larger one")
+    with learning_problem(args, train, valid, accelerator) as problem:
+        yield args, learning_arguments.recipe_of(args), problem, Part(train.whole, first, UNSEEN)
+
+
+def as_published(options: list[str], nfe: int) -> tuple[float, Cost]:
+    """The loss at its end, and what it cost to get there."""
+    cost = Cost()
+    with problem_of([*options, "--nfe", str(nfe)]) as (args, recipe, problem, unseen):
+        _, _, initial = starting_point(args, nfe, recipe, learning_arguments.solver_of(args), problem)
+        steps = recipe.steps(len(problem.train))
+        with counted(problem, cost), tqdm(total=steps, desc=f"published, {nfe} evaluations", unit="step") as progress:
+            pairs = problem.rollout, problem.train, problem.valid
+            result = learn(*pairs, initial, recipe, path=problem.path, callback=lambda *_: progress.update())
+        return problem.mean_loss(result.schedule, unseen, 32), cost
+
+
+def by_default(options: list[str], nfe: int, loss: float) -> tuple[float, Cost, int]:
+    """The loss of the first iteration that ends no farther from the teacher than `loss`, or of the last; its cost and its number."""
+    cost, done = Cost(), 0
+    with problem_of([*options, "--nfe", str(nfe)]) as (args, recipe, problem, unseen):
+        with counted(problem, cost):
+            _, _, initial = starting_point(args, nfe, recipe, learning_arguments.solver_of(args), problem)
+            learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, problem.path))
+        found = problem.mean_loss(initial, unseen, 32)
+        while found > loss and not learner.finished:
+            with counted(problem, cost):
+                learner.step()
+            found, done = problem.mean_loss(learner.best_schedule(), unseen, 32), done + 1
+    return found, cost, done
+
+
+def measured(options: dict[str, list[str]], nfe: int) -> dict:
+    """Both recipes at one number of evaluations, as JSON."""
+    loss, cost = as_published(options["published"], nfe)
+    mine, my_cost, iterations = by_default(options["default"], nfe, loss)
+    return {
+        "nfe": nfe,
+        "published": {"loss": loss, **asdict(cost)},
+        "default": {"loss": mine, "iterations": iterations, **asdict(my_cost), "reached": mine <= loss},
+    }
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| NFE | published: distance x 1e-3 | evaluations | seconds | default: distance x 1e-3 | after iterations | evaluations | seconds | "
+        "share of the evaluations |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        published, default = row["published"], row["default"]
+        reached = "" if default["reached"] else ": not reached"
+        lines.append(
+            f"| {row['nfe']} | {1e3 * published['loss']:.2f} | {published['evaluations']:,.0f} | {published['seconds']:.0f} "
+            f"| {1e3 * default['loss']:.2f}{reached} | {default['iterations']} | {default['evaluations']:,.0f} | {default['seconds']:.0f} "
+            f"| {default['evaluations'] / published['evaluations']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="training/recipes/fashion-flux.yaml", help="recipe (default: %(default)s)")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], help="default: 3 4 5 6 8 10")
+    args = parser.parse_args(argv)
+    recipe, config = read_recipe(args.config), ["--config", args.config]
+    stock = LD3Scheduler.load_config(recipe["common"]["pretrained_model_name_or_path"], subfolder="scheduler")
+    of_published = compare_generalised.published(Path(args.config).parent, is_preconditioned(stock))
+    learned, folder = recipe["train_ld3"], Path(recipe["evaluate"]["output_dir"])
+    shared = ["--solver", learned["solver"], "--solver_order", str(learned["solver_order"]), "--loss", "l2"]
+    shared += ["--output_dir", learned["output_dir"] + "-cost"]
+    options = {
+        "published": [*config, *of_published["published-unipc"], *shared],
+        "default": [*config, *shared],
+    }
+    make_teacher_set.main(config)
+    file = folder / "cost.json"
+    rows = {row["nfe"]: row for row in json.loads(file.read_text())} if file.is_file() else {}
+    for nfe in args.nfe:
+        if nfe not in rows:
+            rows[nfe] = measured(options, nfe)
+            content = json.dumps([rows[count] for count in sorted(rows)], indent=1)
+            write_whole(file, lambda out, content=content: out.write_text(content))
+    text = table([rows[count] for count in sorted(rows)])
+    write_whole(folder / "cost.md", lambda out: out.write_text(text))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
