@@ -19,10 +19,11 @@ def check_gradients(
 
     Raises:
         ValueError: naming every inner level and every network time but the first whose gradient is absent, zero or not
-            finite, and where it is usually lost.
+            finite, and where it is usually lost; or if the network itself was not differentiated.
     """
     times = schedule.times.detach().clone().requires_grad_()
     network_times = schedule.network_times.detach().clone().requires_grad_()
+    differentiated = rollout.evaluations.backward
     with torch.enable_grad():
         end = rollout(replace(schedule, times=times, network_times=network_times), noise, conditioning)
         generator = torch.Generator().manual_seed(0)
@@ -43,9 +44,11 @@ def check_gradients(
             total = None if gradient is None else gradient[values.detach() == values.detach()[i]]
             if total is None or not bool(torch.isfinite(total).all()) or not bool((total != 0).any()):
                 lost.append(f"{name}[{i}]")
+    if not lost and rollout.evaluations.backward == differentiated:
+        lost = ["the network"]
     if lost:
         raise ValueError(
             f"no gradient reaches {', '.join(lost)}; {type(rollout.pipe).__name__} or its network cuts the graph: look for "
             "t.item(), .detach() or an integer cast of the timestep, feature caching, sequential offload or quantised "
-            "kernels, or learn these times with a gradient-free optimiser"
+            "kernels, or learn by the default recipe, which differentiates nothing"
         )

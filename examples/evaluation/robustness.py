@@ -116,7 +116,11 @@ class ImageToImage:
         for each in stock_contenders(self.stock.config, nfe):
             start = self.start(each, strength)
             way = abs(start - first)
-            if each.name in STOCK and start > LEAST_START and (each.name not in nearest or way < nearest[each.name][0]):
+            if (
+                each.name in STOCK
+                and start > LEAST_START
+                and (each.name not in nearest or way < nearest[each.name][0])
+            ):
                 nearest[each.name] = way, each
         stock = [each for _, each in nearest.values()]
         for contender in tqdm([own, *stock], desc=f"{nfe} evaluations, strength {strength}", unit="scheduler"):
