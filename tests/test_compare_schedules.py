@@ -134,6 +134,43 @@ def test_coefficients_and_the_curve_are_compared_with_what_came_before(script, t
     assert [(missing["name"], missing["nfe"]) for missing in results["absent"]] == [("AMED iPNDM", 3)]
 
 
+@pytest.mark.slow
+def test_costs_parts_and_robustness_are_measured(script, tmp_path, monkeypatch, capsys):
+    """Each of the smaller programs once, on a Stable Diffusion with random weights."""
+    cost, ablation, robustness = (script(name) for name in ("compare_cost", "ablation", "robustness"))
+    published = ["--recipe", "published", "--mode", "time", "--rounds_v1", "1", "--rounds_v2", "1", "--num_train", "4"]
+    monkeypatch.setattr(script("compare_generalised"), "published", lambda *_: {"published-unipc": published})
+    monkeypatch.setattr(cost, "UNSEEN", 4)
+    monkeypatch.setitem(LITTLE["make_teacher_set"], "num_samples", 16)
+    monkeypatch.setattr(robustness, "STRENGTHS", (0.7,))
+    monkeypatch.setattr(robustness, "FINE", 6)
+    ways = {name: ablation.WAYS[name] for name in ("times", ablation.SUBJECT)}
+    monkeypatch.setattr(ablation, "WAYS", ways)
+    PIPELINES["sd"]()[0].save_pretrained(tmp_path / "tiny-sd")
+    recipe = little_recipe("fashion-sd", tmp_path / "tiny-sd", tmp_path, without=["max_sequence_length"])
+    config = ["--config", str(recipe), "--nfe", "3"]
+
+    cost.main(["--config", str(recipe), "--nfe", "3"])
+    [row] = json.loads((tmp_path / "evaluation" / "cost.json").read_text())
+    default, published = row["default"], row["published"]
+    assert default["reached"] and default["loss"] <= published["loss"]
+    # 12 grids from 8 pairs, then at most 6 iterations of 8 pairs at 22 evaluations, and six tries of 4 pairs.
+    assert 0 < default["evaluations"] <= 3 * 8 * 20 + 6 * (8 * 22 + 8 * 3 * 4) and default["seconds"] > 0
+    # Backward counts as two and recomputation as one: at least two epochs of 4 pairs.
+    assert published["evaluations"] >= 2 * 4 * 3 * 4
+
+    ablation.main([*config, "--num_samples", "6"])
+    results = json.loads((tmp_path / "evaluation" / "ablation" / "results.json").read_text())
+    assert {each["name"] for each in results["rows"]} == set(ways) and results["subject"] == ablation.SUBJECT
+
+    learned = ablation.folder_of(tmp_path / "ablation", ablation.SUBJECT)
+    more = ["--schedules", str(learned), "--guidance_scales", "2", "--num_samples", "6"]
+    robustness.main([*config, *more])
+    lines = (tmp_path / "evaluation" / "robustness" / "robustness.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]][0] == "| guidance 2" and len(lines) == 4
+    assert lines[3].startswith("| image to image, strength 0.7, from t = ")
+
+
 def test_the_page_tells_the_command_that_is_tested_here():
     page = (EVALUATION / "README.md").read_text()
     for recipe in ("fashion-sd", "fashion-flux"):
