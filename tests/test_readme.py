@@ -57,9 +57,10 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands(recipe):
-    """Module and arguments of the three programs, as the README gives them for a recipe."""
+def commands(recipe, of_curves=False):
+    """Module and arguments of the programs, as the README gives them for a recipe; those about curves apart."""
     lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if f"/{recipe}.yaml" in line]
+    lines = [line for line in lines if any("/curve" in word or word == "--curve" for word in line) == of_curves]
     return [(line[line.index("-m") + 1], line[line.index("-m") + 2 :]) for line in lines]
 
 
@@ -127,6 +128,38 @@ def test_the_commands_from_start_to_repository(recipe, tmp_path, hub, monkeypatc
     assert LD3Scheduler.from_pretrained(repository).config.schedules == published.config.schedules
     (found,) = find_schedules(base_model=BASE_MODEL, nfe=nfe)
     assert found.repo_id == repository
+
+
+@pytest.mark.slow
+def test_the_commands_that_learn_and_refine_a_curve(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    PIPELINES["flux"]()[0].save_pretrained(tmp_path / "tiny-flux")
+    made = commands("fashion-flux")[0]
+    make_teacher_set = importlib.import_module(made[0])
+    make_teacher_set.main([*made[1], *instead("fashion-flux", made[0], tmp_path)])
+    shorter = [
+        "--num_train",
+        "4",
+        "--num_valid",
+        "4",
+        "--report_to",
+        "none",
+        "--max_train_steps",
+        "1",
+        "--allow_worse",
+    ]
+    (learn, of_curve), (refine, of_refined) = commands("fashion-flux", of_curves=True)
+    assert "--curve" in of_curve and of_refined[of_refined.index("--init") + 1] == of_curve[-1]
+    given = ["--teacher", str(tmp_path / "tiny-flux"), "--teacher_set", str(tmp_path / "pairs"), *shorter]
+    assert [*map(str, range(3, 11))] == of_curve[of_curve.index("--nfe") + 1 : of_curve.index("--num_train")]
+    importlib.import_module(learn).main(
+        [*of_curve, *given, "--nfe", "3", "4", "6", "--output_dir", str(tmp_path / "curve")]
+    )
+    importlib.import_module(refine).main(
+        [*of_refined, *given, "--init", str(tmp_path / "curve"), "--output_dir", str(tmp_path / "refined")]
+    )
+    assert LD3Scheduler.from_pretrained(tmp_path / "curve").served_counts == [3, 4, 5, 6]
+    assert LD3Scheduler.from_pretrained(tmp_path / "refined").learned_counts == [4, 6]
 
 
 @pytest.mark.slow
