@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one learning iteration costs at 4 and at 10 evaluations: network evaluations a sample, and bytes kept for its backward pass.
+"""What one iteration of a recipe that differentiates costs at 3 to 10 evaluations: network evaluations a sample, and bytes kept for its backward
+pass. The default recipe keeps none: what it holds is printed last, the end states' derivatives by each number of the table.
 
     python -m tests.benchmarks.learning_cost [--teacher examples/teachers/fashion-sd] [--batch 4]
 
@@ -16,6 +17,7 @@ from ld3_diffusers import Schedule, SolverSpec
 from ld3_diffusers.discretization import append_zero, discretization
 from training.denoisers import denoisers
 from training.rollout import PipelineRollout
+from training.sensitivity import sensitivities
 
 
 def measure(rollout: PipelineRollout, nfe: int, batch: int) -> dict[str, float]:
@@ -59,6 +61,28 @@ def measure(rollout: PipelineRollout, nfe: int, batch: int) -> dict[str, float]:
     }
 
 
+def linearise(rollout: PipelineRollout, nfe: int, batch: int) -> dict[str, float]:
+    conditioning = rollout.encode(["a photo of a sneaker"])
+    noise = torch.randn(batch, *rollout.state_shape(conditioning), generator=torch.Generator().manual_seed(0))
+    times = append_zero(discretization("logsnr", rollout.path, nfe - 1))
+    schedule = Schedule(times, None, SolverSpec("unipc"), rollout.path.kind, rollout.scheduler.config.prediction_type)
+    saved = 0
+
+    def keep(tensor):
+        nonlocal saved
+        saved += tensor.untyped_storage().nbytes()
+        return tensor
+
+    before, wanted = rollout.evaluations.forward, [True] * (nfe * (nfe + 2))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _, derivatives = sensitivities(rollout, schedule, rollout.path, noise, conditioning, wanted)
+    return {
+        "forward": (rollout.evaluations.forward - before) / batch,
+        "derivatives": derivatives.numel() * derivatives.element_size(),
+        "saved": saved,
+    }
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher", default="examples/teachers/fashion-sd")
@@ -70,12 +94,17 @@ def main(argv=None) -> None:
     )
     for checkpointing in (True, False):
         with PipelineRollout(pipe, guidance_scale=3.0, checkpointing=checkpointing) as rollout:
-            for nfe in (4, 10):
+            for nfe in range(3, 11):
                 m = measure(rollout, nfe, args.batch)
                 print(
                     f"{nfe:>4}{'yes' if checkpointing else 'no':>14}{m['forward']:>9.0f}{m['recomputed']:>7.0f}{m['backward']:>10.0f}"
                     f"{m['cost']:>6.0f}{m['latents'] / 1024:>13.0f}{m['other'] / 1024:>11.0f}"
                 )
+    print(f"\ndefault recipe\n{'NFE':>4}{'forward':>9}{'derivatives, kB':>17}{'kept for backward, kB':>23}")
+    with PipelineRollout(pipe, guidance_scale=3.0) as rollout:
+        for nfe in range(3, 11):
+            m = linearise(rollout, nfe, args.batch)
+            print(f"{nfe:>4}{m['forward']:>9.0f}{m['derivatives'] / 1024:>17.0f}{m['saved'] / 1024:>23.0f}")
 
 
 if __name__ == "__main__":
