@@ -33,7 +33,7 @@ STRENGTHS = (0.3, 0.5, 0.7, 0.9)
 FINE = 50  # evaluations of the reference
 BATCH = 32
 LEAST_START = 10  # of 1000; below, there is nothing left to do
-STOCK = ("UniPC", "DPM++ 2M", "DEIS", "DDIM")
+STOCK = ("UniPC", "DPM++ 2M")
 HEAD = "| where | evaluations | learned | best stock | | stock - learned [95 %] |\n|---|---|---|---|---|---|\n"
 
 
