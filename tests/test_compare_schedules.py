@@ -176,6 +176,14 @@ def test_the_page_tells_the_command_that_is_tested_here():
     for recipe in ("fashion-sd", "fashion-flux"):
         command = f"PYTHONPATH=. .venv/bin/python examples/evaluation/compare_schedules.py --config training/recipes/{recipe}.yaml"
         assert command in page
+    for name, recipe in (
+        ("compare_generalised", "flux"),
+        ("compare_cost", "flux"),
+        ("ablation", "flux"),
+        ("robustness", "sd"),
+    ):
+        command = f"PYTHONPATH=. .venv/bin/python examples/evaluation/{name}.py --config training/recipes/fashion-{recipe}.yaml"
+        assert command in page
     assert "PYTHONPATH=. .venv/bin/python examples/evaluation/compare_edm.py --num_samples 256\n" in page
     amed = (
         "PYTHONPATH=. .venv/bin/python examples/evaluation/compare_amed.py --config training/recipes/fashion-sd.yaml"
