@@ -41,11 +41,11 @@ QUALITY = "quality.json"  # of a shipped teacher: the settings of its call, and 
 SETS = {"train": (0, "train"), "valid": (1_000_000, "train"), "unseen": (2_000_000, "held_out")}
 # Of the published one the authors' settings, 25 + 25 pairs included, but for LPIPS, whose weights are a download: it minimises
 # what the table shows. The others' loss is the same one on most samples, and leaves out that a few fall to another garment.
+PUBLISHED = ["--config", "training/recipes/published-stable-diffusion.yaml", "--loss", "l2", "--loss_space", "latent"]
 OPTIONS = {
     "default": ["--loss", "huber", "--checkpointing_steps", "1"],
     "adam": ["--loss", "huber", "--checkpointing_steps", "25"],
-    "published": ["--config", "training/recipes/published-stable-diffusion.yaml", "--loss", "l2", "--loss_space", "latent"]
-    + ["--checkpointing_steps", "25"],
+    "published": [*PUBLISHED, "--checkpointing_steps", "25"],
 }
 MAGNIFIED = 4  # differences in the picture
 
@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num_train", type=int, default=64)
     p.add_argument("--num_valid", type=int, default=32)
     p.add_argument("--num_unseen", type=int, default=128, help="pairs to judge on")
-    p.add_argument("--max_train_steps", type=int, help="iterations of the recipes default and adam (default: their own)")
+    p.add_argument(
+        "--max_train_steps", type=int, help="iterations of the recipes default and adam (default: their own)"
+    )
     p.add_argument("--output_dir", help="default: outputs/demo/<name of the teacher>")
     p.add_argument("--seed", type=int, default=0)
     return p
