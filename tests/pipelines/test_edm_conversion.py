@@ -211,7 +211,7 @@ def test_arguments_that_would_take_forever_to_print(tmp_path, small, name):
     started = time.monotonic()
     with pytest.raises(ValueError, match="was constructed with"):
         network_config(read_edm_pickle(file))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 60  # printed whole they take hours, and busy machines are slow
 
 
 def lose(wrapper):
