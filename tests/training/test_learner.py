@@ -15,6 +15,7 @@ from tests.training.toy import ToyPairs, grid_schedule, make_pairs, perfect_gain
 from training.checkpoint import checkpoint_folders
 from training.initial import candidates, grid_search, saved_schedule
 from training.learner import Problem, learn
+from training.learner_default import surely_better
 from training.learner_published import PublishedLearner
 from training.parameters import PublishedParameters
 from training.recipe import AdamRecipe, DefaultRecipe, PublishedRecipe, make_recipe
@@ -415,3 +416,13 @@ def test_grids_end_as_asked_and_a_saved_schedule_starts_another(tmp_path):
         saved_schedule(tmp_path, PATH, 4, SolverSpec("heun"), "epsilon")
     with pytest.raises(ValueError, match="cannot read"):
         saved_schedule(tmp_path / "nowhere", PATH, 4, DPMPP, "epsilon")
+
+
+def test_the_default_recipe_stops_when_a_gain_is_within_its_error():
+    before = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    assert surely_better(before - 0.1, before) and not surely_better(before, before)
+    noisy = torch.tensor([[1.0, -1.0, 1.0, -0.9]], dtype=torch.float64)  # better in the mean, by less than its error
+    assert not surely_better(before - noisy, before)
+    # Of several counts each weighs by its own size: the second, which is small, has doubled.
+    both = torch.cat([before, 0.01 * before])
+    assert not surely_better(torch.cat([before - 0.1, 0.02 * before]), both)
