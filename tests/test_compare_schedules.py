@@ -122,7 +122,7 @@ def test_coefficients_and_the_curve_are_compared_with_what_came_before(script, t
         "--rounds_v2",
         "1",
     ]
-    monkeypatch.setattr(generalised, "published", lambda *_: {"published-unipc": published})
+    monkeypatch.setattr(generalised, "published", lambda *_: published)
     PIPELINES["flux"]()[0].save_pretrained(tmp_path / "tiny-flux")
     recipe = little_recipe("fashion-flux", tmp_path / "tiny-flux", tmp_path, without=["discretization"])
     generalised.main(["--config", str(recipe), "--nfe", "3", "4", "--num_samples", "6"])
@@ -139,7 +139,7 @@ def test_costs_parts_and_robustness_are_measured(script, tmp_path, monkeypatch, 
     """Each of the smaller programs once, on a Stable Diffusion with random weights."""
     cost, ablation, robustness = (script(name) for name in ("compare_cost", "ablation", "robustness"))
     published = ["--recipe", "published", "--mode", "time", "--rounds_v1", "1", "--rounds_v2", "1", "--num_train", "4"]
-    monkeypatch.setattr(script("compare_generalised"), "published", lambda *_: {"published-unipc": published})
+    monkeypatch.setattr(script("compare_generalised"), "published", lambda *_: published)
     monkeypatch.setattr(cost, "UNSEEN", 4)
     monkeypatch.setitem(LITTLE["make_teacher_set"], "num_samples", 16)
     monkeypatch.setattr(robustness, "STRENGTHS", (0.7,))

@@ -151,7 +151,7 @@ def test_the_commands_that_learn_and_refine_a_curve(tmp_path, monkeypatch):
     (learn, of_curve), (refine, of_refined) = commands("fashion-flux", of_curves=True)
     assert "--curve" in of_curve and of_refined[of_refined.index("--init") + 1] == of_curve[-1]
     given = ["--teacher", str(tmp_path / "tiny-flux"), "--teacher_set", str(tmp_path / "pairs"), *shorter]
-    assert [*map(str, range(3, 11))] == of_curve[of_curve.index("--nfe") + 1 : of_curve.index("--num_train")]
+    assert ["3", "10"] == of_curve[of_curve.index("--nfe") + 1 : of_curve.index("--num_train")]
     importlib.import_module(learn).main(
         [*of_curve, *given, "--nfe", "3", "4", "6", "--output_dir", str(tmp_path / "curve")]
     )

@@ -30,6 +30,9 @@ from .processes import is_main, num_processes, on_main, share
 from .recipe import DefaultRecipe, Recipe
 
 
+SMALLEST_LOSS = 1e-30  # whose logarithm is taken
+
+
 class Pairs(Protocol):
     """Starting noises and the teacher's end points; see `teacher_set`."""
 
@@ -129,6 +132,13 @@ class Problem:
         return float(self.each_loss(schedule, pairs, batch_size, **options).mean())
 
 
+def geometric_mean(losses: Sequence[float]) -> float:
+    """Of one, itself."""
+    if len(losses) == 1:
+        return losses[0]
+    return math.exp(sum(math.log(max(loss, SMALLEST_LOSS)) for loss in losses) / len(losses))
+
+
 @dataclass
 class LearnResult:
     """What learning returns.
@@ -187,7 +197,7 @@ def learn(
         ValueError: if the losses are not finite, or a checkpoint belongs to another run.
     """
     from .learner_adam import AdamLearner
-    from .learner_default import DefaultLearner, geometric_mean
+    from .learner_default import DefaultLearner
     from .learner_published import PublishedLearner
 
     recipe = DefaultRecipe() if recipe is None else recipe

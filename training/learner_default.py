@@ -6,11 +6,10 @@ solves
 
 $$ (H + \mu S)\,\delta = -g, \qquad H = \sum J^\top W J, \quad g = \sum J^\top W r, $$
 
-over some pairs for several dampings $\mu$, S being the largest diagonal of H so far (Moré 1978, doi:10.1007/BFb0067700), and takes the step that is best on held-out pairs, if it is better than none there. J is the product of
-the end state's derivatives by the numbers of the step table, from finite differences of the network (`sensitivity`), and the derivatives of
-these by $\theta$, from autograd in float64. These few dozen parameters differ by orders of magnitude in what they move, and neighbouring
-coefficients do nearly the same: what first order methods take hundreds of iterations for, a handful does. The first iterations go by few pairs,
-whose statistics suffice while the way is long. Where evaluations do not stand alone (feature caching, pipelines that draw their own noise),
+over some pairs for several dampings $\mu$, S being the largest diagonal of H so far (Moré 1978, doi:10.1007/BFb0067700), and takes the step that is best on held-out pairs, if it is better than none there. J comes from finite
+differences of the network (`sensitivity`) and the derivatives of the step table by $\theta$, from autograd in float64. These few dozen parameters differ by orders of magnitude in what they move, and neighbouring
+coefficients do nearly the same: what first order methods take hundreds of iterations for, a handful does. The first iterations go by few pairs
+and few directions, which suffice while the way is long. Where evaluations do not stand alone (feature caching, pipelines that draw their own noise),
 J comes from whole runs, one a parameter. Against the other recipes: `tests/benchmarks/compare_recipes.py`.
 """
 
@@ -25,14 +24,13 @@ from ld3_diffusers.schedule import Schedule
 from ld3_diffusers.schedule_curve import ScheduleCurve
 
 from .curve_parameters import CurveParameters
-from .learner import Problem, split
+from .learner import SMALLEST_LOSS, Problem, geometric_mean, split
 from .parameters import GapParameters
 from .recipe import DefaultRecipe
 from .sensitivity import coordinates, evaluates_alone, sensitivities, whole_table
 
 
-DAMPINGS = (10.0, 1.0, 0.1, 0.01, 0.001)  # that are tried
-MORE_DAMPINGS = (1000.0, 100.0)  # and, if all of these steps go too far
+DAMPINGS = range(-3, 4)  # powers of ten
 CHANGES = {
     "times": 0.05,
     "network_times": 0.05,
@@ -40,7 +38,7 @@ CHANGES = {
     "residuals": 0.02,
 }  # of parameters, where whole runs are compared
 NEGLIGIBLE = 1e-12  # share of the largest second derivative by which directions that move nothing are held
-FEWEST_HELD_OUT = 32  # pairs that steps are judged on, while the iteration itself takes fewer
+FEWEST_HELD_OUT = 16  # pairs that steps are judged on, while the iteration itself takes fewer
 
 
 class DefaultLearner:
@@ -57,15 +55,13 @@ class DefaultLearner:
                 "the default recipe learns with l1, l2, huber and stlpips, not with this loss; use the recipe 'adam'"
             )
         self.problem, self.recipe, self.parameters = problem, recipe, parameters
-        # Which numbers of each table depend on what is learned; a resolution shift does not change that.
-        self.wanted = [
-            (self._table_by_parameters(which) != 0).any(1).tolist() for which in range(len(parameters.schedules()))
-        ]
+        self.several = len(parameters.schedules())
         count = len(problem.train)
         self.batch_size = min(recipe.first_pairs, count)
         self.pass_size = min(recipe.micro_batch_size or count, count)
         self.done, self.stopped = 0, False
         self.scale = torch.zeros_like(parameters.vector())
+        self.damping = 0  # a power of ten
         self.alone: bool | None = None  # see `evaluates_alone`
 
     def start(self, initial_loss: float) -> None:
@@ -86,32 +82,52 @@ class DefaultLearner:
             noise, _, conditioning = problem.train.batch([0], problem.device)
             self.alone = evaluates_alone(problem.rollout, self._schedules()[0], noise, conditioning)
         pairs = range(min(self.recipe.first_pairs * 2**self.done, len(problem.train)))
+        directions = self.recipe.first_directions * 2**self.done
         held_out = range(min(max(len(pairs), FEWEST_HELD_OUT), len(problem.valid)))
-        loss, gradient, hessian = self._linearised(pairs)
+        loss, gradient, hessian = self._linearised(pairs, directions)
         # A direction that has ceased to move anything is not free to go anywhere.
         self.scale = torch.maximum(self.scale, hessian.diagonal())
         before, losses_before = self.parameters.vector(), self._held_out_losses(held_out)
-        chosen, losses, taken = before, losses_before, 0.0
-        for dampings in (DAMPINGS, MORE_DAMPINGS):
-            for damping in dampings:
-                damped = hessian + torch.diag(damping * self.scale + NEGLIGIBLE * self.scale.max())
-                self.parameters.set_vector(before - torch.linalg.solve(damped, gradient))
-                losses_then = self._held_out_losses(held_out)
-                if mean_of_means(losses_then) < mean_of_means(losses):
-                    losses, taken, chosen = losses_then, damping, self.parameters.vector()
-            if taken:
-                break
+        chosen, losses, taken = before, losses_before, None
+        left = sorted(DAMPINGS, key=lambda power: abs(power - self.damping))
+
+        def improves(power: int) -> bool:
+            nonlocal chosen, losses, taken
+            if power not in left:
+                return False
+            left.remove(power)
+            damped = hessian + torch.diag(10.0**power * self.scale + NEGLIGIBLE * self.scale.max())
+            self.parameters.set_vector(before - torch.linalg.solve(damped, gradient))
+            losses_then = self._held_out_losses(held_out)
+            better = mean_of_means(losses_then) < mean_of_means(losses)
+            if better:
+                chosen, losses, taken = self.parameters.vector(), losses_then, power
+            return better
+
+        # From what was best last to the nearest that is better than no step, and on, to less or else to more, while that is better still.
+        while left and not improves(left[0]):
+            pass
+        for way in (-1, 1) if taken is not None else ():
+            while improves(taken + way):
+                pass
+        self.damping = self.damping if taken is None else taken
         self.parameters.set_vector(chosen)
         self.done += 1
-        self.stopped = len(pairs) == len(problem.train) and not surely_better(losses, losses_before)
-        return {"loss": loss, "valid_loss": mean_of_means(losses), "damping": taken, "pairs": len(pairs)}
+        exhausted = len(pairs) == len(problem.train) and (directions >= len(before) or not self.alone)
+        self.stopped = exhausted and not surely_better(losses, losses_before)
+        return {
+            "loss": loss,
+            "valid_loss": mean_of_means(losses),
+            "damping": 0.0 if taken is None else 10.0**taken,
+            "pairs": len(pairs),
+        }
 
     def _schedules(self) -> list[Schedule]:
         return [schedule.detach() for schedule in self.parameters.schedules()]
 
     def _held_out_losses(self, held_out: Sequence[int]) -> Tensor:
         """(schedules, pairs); infinite where the parameters make no schedule."""
-        problem, several, count = self.problem, len(self.wanted), len(held_out)
+        problem, several, count = self.problem, self.several, len(held_out)
         infinite = torch.full((several, count), math.inf, dtype=torch.float64)
         try:
             schedules = self._schedules()
@@ -123,19 +139,21 @@ class DefaultLearner:
         losses = [problem.each_loss(each, problem.valid, self.pass_size, count=count) for each in schedules]
         return torch.stack(losses) if all(bool(each.isfinite().all()) for each in losses) else infinite
 
-    def _linearised(self, pairs: Sequence[int]) -> tuple[float, Tensor, Tensor]:
+    def _linearised(self, pairs: Sequence[int], directions: int) -> tuple[float, Tensor, Tensor]:
         """Mean loss over the pairs, its gradient, and the Gauss-Newton approximation of its second derivatives; of several schedules the
         geometric mean of the losses, and derivatives of its logarithm."""
-        count, several = len(self.parameters.vector()), len(self.wanted)
+        count, several = len(self.parameters.vector()), self.several
         losses, total = [], torch.zeros(count + count * count, dtype=torch.float64)
         for which in range(several):
             parts = split(pairs, self.pass_size)
             # The same for all parts: a sharded network must be called equally often by all processes.
             at_once = self.pass_size // len(parts[0])
-            results = self.problem.share(parts, lambda part, which=which: self._linearise(which, part, at_once))
+            results = self.problem.share(
+                parts, lambda part, which=which: self._linearise(which, part, directions, at_once)
+            )
             packed = sum(results[1:], results[0]) / len(pairs)
             losses.append(float(packed[0]))
-            total += packed[1:] / (losses[-1] * several if several > 1 else 1)
+            total += packed[1:] / (max(losses[-1], SMALLEST_LOSS) * several if several > 1 else 1)
         if not (math.isfinite(sum(losses)) and bool(total.isfinite().all())):
             raise ValueError(
                 "the loss or its derivatives are not finite; learn in bfloat16 or float32, or start from another grid"
@@ -143,16 +161,15 @@ class DefaultLearner:
         gradient, hessian = total.split([count, count * count])
         return geometric_mean(losses), gradient, hessian.view(count, count)
 
-    def _linearise(self, which: int, indices: Sequence[int], at_once: int) -> Tensor:
+    def _linearise(self, which: int, indices: Sequence[int], directions: int, at_once: int) -> Tensor:
         """Of a schedule and a micro-batch: sums of its losses, gradients and second derivatives in one float64 vector."""
         problem = self.problem
         noise, target, conditioning = problem.train.batch(list(indices), problem.device)
         if self.alone:
-            schedule = self._schedules()[which]
-            end, by_table = sensitivities(
-                problem.rollout, schedule, problem.path, noise, conditioning, self.wanted[which], at_once
+            schedule, by_parameters = self._schedules()[which], self._table_by_parameters(which)
+            end, jacobian = sensitivities(
+                problem.rollout, schedule, problem.path, noise, conditioning, by_parameters, directions, at_once
             )
-            jacobian = torch.einsum("kp,k...->p...", self._table_by_parameters(which).to(by_table), by_table)
         else:
             end, jacobian = self._by_whole_runs(which, noise, conditioning)
         losses, gradient, hessian = problem.objective.linearised(end, target, jacobian)
@@ -189,17 +206,14 @@ class DefaultLearner:
             "done": self.done,
             "stopped": self.stopped,
             "scale": self.scale,
+            "damping": self.damping,
             "alone": self.alone,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parameters.load_state_dict(state["parameters"])
         self.done, self.stopped, self.scale = state["done"], state["stopped"], state["scale"]
-        self.alone = state["alone"]
-
-
-def geometric_mean(losses: Sequence[float]) -> float:
-    return losses[0] if len(losses) == 1 else math.exp(sum(math.log(loss) for loss in losses) / len(losses))
+        self.damping, self.alone = state["damping"], state["alone"]
 
 
 def mean_of_means(losses: Tensor) -> float:

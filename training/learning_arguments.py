@@ -39,6 +39,11 @@ RECIPE_ARGUMENTS = {
     ),
     # default
     "first_pairs": (None, int, "default: pairs of the first iteration; each later one takes twice as many"),
+    "first_directions": (
+        None,
+        int,
+        "default: directions of each state along which the network is differenced in the first iteration; each later one takes twice as many",
+    ),
     # adam
     "lr_coefficients": ("learning_rate_coefficients", float, "adam: of the coefficients"),
     "warmup_steps": ("lr_warmup_steps", int, "adam: iterations in which the rates rise"),
@@ -167,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     learning.add_argument(
         "--curve",
         action="store_true",
-        help="learn one curve on these --nfe, which serves every count between, in place of a schedule for each",
+        help="learn one curve for every count from the least to the largest --nfe, in place of a schedule for each",
     )
     learning.add_argument("--recipe", choices=sorted(RECIPES), default="default")
     learning.add_argument("--loss", choices=LOSSES, default="l2")
@@ -235,7 +240,7 @@ def check(args: argparse.Namespace) -> None:
     check_counts(args, "checkpointing_steps", "checkpoints_total_limit")
     if args.curve and (len(args.nfe) < 2 or args.recipe != "default"):
         raise ValueError(
-            "--curve learns on several --nfe, by the recipe 'default'; name more of them, and drop --recipe"
+            "--curve learns from the least to the largest --nfe, by the recipe 'default'; name two, and drop --recipe"
         )
     if len(args.nfe) > 1 and not args.curve and args.resume_from_checkpoint not in (None, "latest"):
         raise ValueError("a checkpoint is of one count; give --resume_from_checkpoint latest, or one --nfe")

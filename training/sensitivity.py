@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""How a student's end state depends on its step table, from network evaluations alone.
 
-On data predictions a row is $x_{i+1} = a_i x_i + \sum_k c_{ik} D_k$ (see `ld3_diffusers.residuals`). A change of $a_i$, which the times decide,
-moves $x_{i+1}$ along $x_i$, one of $c_{ik}$ along $D_k$, and one of the network's time $\tau_i$ changes $D_i$. What becomes of that at the end is
-found by following the changed state through the rows that are left. The evaluations before are those of the unchanged run, and
-the last row, which is linear, costs nothing. States are nearly linear in small changes of coefficients, but not in times: of those two are
-tried, and a parabola laid through them. All N (N + 5) / 2 derivatives take $N(N-1)(N+10)/6 + 3N$ evaluations a sample, the unchanged run
-included; 65 at N = 5, where one gradient by backpropagation with recomputation takes 20.
+On data predictions a row is $x_{i+1} = a_i x_i + \sum_k c_{ik} D_k$ (see `ld3_diffusers.residuals`). With a prime for the derivative by one
+parameter, and $\tau_i$ for the time that the network is told,
 
-No graph is kept and no network differentiated: pipelines may be quantised, compiled or offloaded, and memory is that of sampling.
+$$ D_i' = J_i x_i' + \tau_i' \, \partial D_i / \partial \tau, \qquad x_{i+1}' = a_i x_i' + a_i' x_i + \sum_k (c_{ik} D_k' + c_{ik}' D_k). $$
+
+Only the products with $J_i$, the Jacobian of the data prediction, cost evaluations. There are dozens of parameters, but a run's predictions
+resemble each other, and so all of them move a sample's state in few directions that differ. The prediction is therefore differenced along the first few, d,
+principal directions B of the $x_i'$ that were scaled to equal length. Of a remainder $r = x' - B B^\top x'$, the image is
+
+$$ J r \approx B (J B)^\top r + (b^\top J b) \, r, $$
+
+for the Jacobian of a posterior mean is symmetric; b is the last direction. Derivatives by $\tau$, which are less linear, come from two other times, through a
+parabola. For N evaluations this takes at most $N + d (N - 1) + 2 N$ a sample, the unchanged run included (31 at N = 5 and d = 4, where one gradient by
+backpropagation with recomputation takes 20).
+
+No graph is kept and no network differentiated: pipelines may be quantised, compiled or offloaded. States and their derivatives are
+combinations of the first state, the $D_i$, $J_i b$ and $\partial D_i / \partial \tau$; those are kept, and the matrices of combination.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,11 +32,12 @@ from ld3_diffusers.step_table import StepTable, conversion
 from .conditioning import repeated
 
 
-CHANGE = {torch.float32: 1e-2, torch.float64: 1e-4}  # of states by coefficients, relative, by their dtype
+CHANGE = {torch.float32: 1e-2, torch.float64: 1e-4}  # of states, relative, by their dtype
 COARSE_CHANGE = 5e-2  # where states are in half precision
 TIME_CHANGE = 0.05  # of network times, as a share of the way to the next level
 SAME = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative difference of evaluations that are called alike
 COARSELY_SAME = 5e-2
+NEGLIGIBLE = {torch.float32: 1e-6, torch.float64: 1e-12}  # share of the largest principal component, by dtype
 
 
 def on_data_predictions(schedule: Schedule) -> Schedule:
@@ -69,19 +79,25 @@ def evaluates_alone(rollout, schedule: Schedule, noise: Tensor, conditioning: di
     return True
 
 
-@dataclass
-class _Run:
-    """A run in which one coordinate is changed, from that change on.
+class _Frame:
+    """Vectors of each sample, of which others are combinations: coefficients are float64 on the CPU, (..., capacity)."""
 
-    Attributes:
-        weight: of its difference from the unchanged run in the derivative, a number or a tensor ().
-        predictions: data predictions so far, newest first.
-    """
+    def __init__(self, like: Tensor, capacity: int):
+        self.vectors = like.new_zeros(len(like), capacity, like[0].numel())
+        self.products = torch.zeros(len(like), capacity, capacity, dtype=torch.float64)
+        self.count = 0
 
-    coordinate: int
-    weight: float | Tensor
-    state: Tensor
-    predictions: list[Tensor]
+    def add(self, vector: Tensor) -> Tensor:
+        """(capacity,) coefficients of a (batch, ...) vector that becomes one of the frame."""
+        k, self.count = self.count, self.count + 1
+        self.vectors[:, k] = vector.flatten(1)
+        products = (self.vectors @ self.vectors[:, k, :, None])[..., 0].double().cpu()
+        self.products[:, k], self.products[:, :, k] = products, products
+        return torch.eye(self.products.shape[1], dtype=torch.float64)[k]
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        """(batch, n, capacity) -> (batch, n, entries)."""
+        return coefficients.to(self.vectors) @ self.vectors
 
 
 @torch.no_grad()
@@ -91,84 +107,111 @@ def sensitivities(
     path: NoisePath,
     noise: Tensor,
     conditioning: dict,
-    wanted: list[bool],
+    by_parameters: Tensor,
+    directions: int,
     at_once: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """End states (batch, ...) and their derivatives (coordinates, batch, ...) by the [`coordinates`], float32 (float64 where states are).
+    """End states (batch, ...) and their derivatives (parameters, batch, ...), float32 (float64 where states are).
 
     Args:
         rollout: as `PipelineRollout`, with `visit`, `output`, `rounded`, `path` and `mu`, whose evaluations stand alone.
-        wanted: (coordinates,); the derivatives by the others are left 0.
-        at_once: changed runs of all these noises that go through the network together.
+        by_parameters: (coordinates, parameters), the derivatives of the table's [`coordinates`].
+        directions: the most along which the prediction is differenced at a step; with as many as parameters, nothing is left to approximate.
+        at_once: changed states of all these noises that go through the network together.
     """
-    states: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def at_step(_i: int, state: Tensor, output: Tensor, _result: Tensor) -> None:
-        states.append(state)
-        outputs.append(output)
-
-    rollout.visit(schedule, noise, conditioning, at_step)
-    kept = states[0].dtype
+    steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    rollout.visit(schedule, noise, conditioning, lambda _i, *step: steps.append(step))
+    kept = steps[0][0].dtype
     exact = torch.float64 if kept == torch.float64 else torch.float32
     change = CHANGE.get(kept, COARSE_CHANGE)
     schedule = rollout.rounded(schedule)
     table = whole_table(schedule, path, rollout.mu)
     rows, skipped = len(table), int(schedule.spec.afs)
+    by_state, by_history, by_time = by_parameters.double().cpu().split([rows, rows * rows, rows])
+    by_history = by_history.view(rows, rows, -1)
+    of_row = [by_state.any(1), by_history.any(2).sum(1), by_time.any(1)]
+    moving = sum(each.long() for each in of_row).cumsum(0).tolist()  # numbers of the table, up to each row
 
-    def as_kept(state: Tensor) -> Tensor:
-        return state.to(kept).to(exact)
-
-    def step(i: int, state: Tensor, predictions: list[Tensor]) -> Tensor:
-        result = float(table.state[i]) * state
-        for weight, prediction in zip(table.history[i].tolist(), predictions):
-            result = result + weight * prediction
-        return result if i == rows - 1 else as_kept(result)
-
-    def outputs_of(states: list[Tensor], time: float) -> list[Tensor]:
-        found = []
+    def predicted(states: list[Tensor], time: Tensor) -> list[Tensor]:
+        p, q = conversion(path, "data", schedule.prediction_type, time)
+        outputs: list[Tensor] = []
         for start in range(0, len(states), at_once):
             some = states[start : start + at_once]
-            output = rollout.output(torch.cat(some), time, repeated(conditioning, len(some)))
-            found += output.split(len(noise))
-        return found
+            output = rollout.output(torch.cat(some).to(kept), float(time), repeated(conditioning, len(some)))
+            outputs += output.to(exact).split(len(noise))
+        return [float(p) * state + float(q) * output for state, output in zip(states, outputs)]
 
-    def predicted(state: Tensor, output: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        return float(p) * state + float(q) * output.to(exact)
-
-    x, predictions, runs = noise.to(states[0]).to(exact) * float(table.start), [], []
+    x = noise.to(steps[0][0]).to(exact) * float(table.start)
+    frame = _Frame(x, 1 + rows * (directions + 2))
+    state = frame.add(x)
+    moved = torch.zeros(len(x), by_parameters.shape[1], len(state), dtype=torch.float64)
+    predictions: list[Tensor] = []  # newest first, as the table's coefficients
+    moved_predictions: list[Tensor] = []
     for i in range(rows):
         if i < skipped:
             # An analytical first step predicts noise, a multiple of the state; see `build_table`.
             alpha, sigma = path.alpha(table.times[0]), path.sigma(table.times[0])
-            predictions = [float((1 - sigma / (alpha**2 + sigma**2).sqrt()) / alpha) * x]
+            predictions.insert(0, state * float((1 - sigma / (alpha**2 + sigma**2).sqrt()) / alpha))
+            moved_predictions.insert(0, torch.zeros_like(moved))
         else:
-            x = states[i - skipped].to(exact)
-            predictions = [predicted(x, outputs[i - skipped], table.p[i], table.q[i]), *predictions]
-            outputs_then = outputs_of([run.state for run in runs], float(table.network_times[i]))
-            for run, output in zip(runs, outputs_then):
-                run.predictions.insert(0, predicted(run.state, output, table.p[i], table.q[i]))
-        for run in runs:
-            run.state = step(i, run.state, run.predictions)
-        following = step(i, x, predictions)
-        told = rows + rows * rows + i
-        if wanted[told] and i >= skipped:
-            for time, weight in _changed_times(rollout, schedule, table, path, i):
-                output = rollout.output(x, float(time), conditioning)
-                p, q = conversion(path, "data", schedule.prediction_type, time)
-                changed = [predicted(x, output, p, q), *predictions[1:]]
-                runs.append(_Run(told, weight, step(i, x, changed), changed))
-        directions = {i: x, **{rows + i * rows + j: predictions[j] for j in range(i + 1)}}
-        for k, direction in directions.items():
-            if wanted[k]:
-                size = change * following.norm() / direction.norm().clamp(min=1e-30)
-                state = following + size * direction
-                runs.append(_Run(k, 1 / size, state if i == rows - 1 else as_kept(state), list(predictions)))
-        x = following
-    derivatives = torch.zeros(len(wanted), *x.shape, dtype=exact, device=x.device)
-    for run in runs:
-        derivatives[run.coordinate] += run.weight * (run.state - x)
-    return x, derivatives
+            x, output = (part.to(exact) for part in steps[i - skipped][:2])
+            prediction, time = float(table.p[i]) * x + float(table.q[i]) * output, table.network_times[i]
+            sizes = change * x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+            count = min(directions, moved.shape[1], moving[i - 1] if i else 0)
+            moved_prediction = torch.zeros_like(moved)
+            if count:
+                principal = _Principal(frame, moved, count, NEGLIGIBLE[exact])
+                along = frame.combined(principal.basis).unbind(1)
+                changed = predicted([x + sizes * each.view_as(x) for each in along], time)
+                moved_prediction = principal.image([frame.add((each - prediction) / sizes) for each in changed])
+            if bool(by_time[i].any()):
+                by_told = torch.zeros_like(x)
+                for other, weight in _changed_times(rollout, schedule, table, path, i):
+                    by_told += weight * (predicted([x], other)[0] - prediction)
+                moved_prediction = moved_prediction + torch.outer(by_time[i], frame.add(by_told))
+            moved_predictions.insert(0, moved_prediction)
+            predictions.insert(0, frame.add(prediction))
+        moved = float(table.state[i]) * moved + torch.outer(by_state[i], state)
+        state = float(table.state[i]) * state
+        for weight, moved_weight, prediction, moved_prediction in zip(
+            table.history[i].tolist(), by_history[i], predictions, moved_predictions
+        ):
+            moved = moved + weight * moved_prediction + torch.outer(moved_weight, prediction)
+            state = state + weight * prediction
+    end = steps[-1][2].to(exact)
+    return end, frame.combined(moved).transpose(0, 1).reshape(-1, *end.shape)
+
+
+class _Principal:
+    """The first principal directions of derivatives that are scaled to equal length, of each sample.
+
+    Args:
+        moved: (batch, parameters, capacity) coefficients of the derivatives.
+        negligible: share of the largest principal component below which there is no direction.
+
+    Attributes:
+        basis: (batch, count, capacity) coefficients of directions of unit length, the first last.
+    """
+
+    def __init__(self, frame: _Frame, moved: Tensor, count: int, negligible: float):
+        self.frame = frame
+        self.lengths = ((moved @ frame.products) * moved).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        self.units = torch.where(self.lengths > 0, moved / self.lengths, torch.zeros_like(moved))
+        values, vectors = torch.linalg.eigh(self.units @ frame.products @ self.units.mT)
+        values, vectors = values[:, None, -count:], vectors[..., -count:]
+        differ = values > negligible * values[..., -1:].clamp(min=1e-30)
+        roots = torch.where(differ, values.clamp(min=0).sqrt(), 0.0)
+        self.shares = vectors * roots
+        self.basis = torch.where(differ, vectors / roots, 0.0).mT @ self.units
+
+    def image(self, images: list[Tensor]) -> Tensor:
+        """Coefficients as `moved`, of its images under the Jacobian, from those (capacity,) of the images of the basis."""
+        along = self.frame.products @ torch.stack(
+            images, 1
+        )  # (batch, capacity, count): inner products with the images
+        rest = self.units - self.shares @ self.basis
+        of_last = (self.basis[:, 0] * along[:, :, 0]).sum(-1)[:, None, None]
+        return self.lengths * (self.shares @ torch.stack(images) + rest @ along @ self.basis + of_last * rest)
 
 
 def _changed_times(

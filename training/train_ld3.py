@@ -27,12 +27,11 @@ from .call_settings import CALL_SETTINGS
 from .gradient_check import check_gradients
 from .initial import (
     BEFORE_ZERO,
-    FEW_PAIRS,
     STOCK,
     LosesToGrid,
+    best_grid,
     candidates,
     grid_schedule,
-    grid_search,
     refuse_worse,
     rivals,
     saved_schedule,
@@ -119,14 +118,14 @@ def learning_settings(args, recipe: Recipe) -> dict:
         "loss_space": args.loss_space,
         "lpips_net": args.lpips_net if args.loss == "lpips" else None,
         "discretization": Path(args.discretization).name,
-        **({"counts_learned_on": sorted(args.nfe)} if args.curve else {}),
+        **({"counts_learned_on": counts_of_curve(args)} if args.curve else {}),
     }
 
 
 def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem, facts: dict, logged: int = 0) -> int:
     """Learn, judge and save the schedule for `nfe` evaluations; returns the iterations, which trackers count on from `logged`."""
     rollout = problem.rollout
-    grids, start, initial = starting_point(args, nfe, recipe, spec, problem)
+    grids, start, initial = starting_points(args, [nfe], recipe, spec, problem)[nfe]
     if recipe.name != "default":
         noise, _, conditioning = problem.train.batch([0], problem.device)
         check_gradients(rollout, initial, noise, conditioning)
@@ -143,10 +142,15 @@ def learn_one(args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem
     return len(result.history)
 
 
+def counts_of_curve(args) -> list[int]:
+    """All from the least to the largest: at a count between two that it was learned on, a curve may be far off."""
+    return list(range(min(args.nfe), max(args.nfe) + 1))
+
+
 def learn_curve(args, recipe: Recipe, spec: SolverSpec, problem: Problem, facts: dict) -> None:
-    """The same for one curve that serves every count from the least to the largest that it is learned on."""
-    path, counts = problem.path, sorted(args.nfe)
-    starts = {nfe: starting_point(args, nfe, recipe, spec, problem) for nfe in counts}
+    """The same for one curve that serves every count from the least to the largest of `--nfe`."""
+    path, counts = problem.path, counts_of_curve(args)
+    starts = starting_points(args, counts, recipe, spec, problem)
     result = run(args, recipe, problem, {nfe: initial for nfe, (_, _, initial) in starts.items()}, counts, facts, 0)
     schedules = {nfe: result.schedule.schedule(nfe, path) for nfe in counts}
     found: dict[str, Any] = {
@@ -194,38 +198,36 @@ def pass_size(recipe: Recipe) -> int | None:
     return recipe.micro_batch_size or getattr(recipe, "batch_size", None)
 
 
-def starting_point(
-    args, nfe: int, recipe: Recipe, spec: SolverSpec, problem: Problem
-) -> tuple[dict[str, Schedule], str, Schedule]:
-    """The hand-made schedules by name, the name of what learning starts from, and that."""
+Start = tuple[dict[str, Schedule], str, Schedule]
+
+
+def starting_points(args, nfes: list[int], recipe: Recipe, spec: SolverSpec, problem: Problem) -> dict[int, Start]:
+    """For each count the hand-made schedules by name, the name of what learning starts from, and that; the same grid for all counts, if the
+    best one is asked for."""
     path, config, name = problem.path, problem.rollout.scheduler.config, args.discretization
     # Times of flow models are learned before their resolution shift, where that is possible.
     grid = {"final_sigmas_type": args.final_sigmas_type, "final": bool(config.shift_terminal)}
     stock = dict(problem.rollout.stock_scheduler.config)
-    grids = candidates(path, nfe, spec, config.prediction_type, stock_config=stock, **grid)
-    name, initial = _start(args, nfe, recipe, spec, problem, grids, grid)
-    problem.accelerator.print(f"{nfe} evaluations: starting from {name}")
-    return grids, name, initial
-
-
-def _start(args, nfe: int, recipe, spec, problem, grids: dict[str, Schedule], grid: dict) -> tuple[str, Schedule]:
-    path, config, name = problem.path, problem.rollout.scheduler.config, args.discretization
+    grids = {nfe: candidates(path, nfe, spec, config.prediction_type, stock_config=stock, **grid) for nfe in nfes}
     if name == "best" and recipe.name == "published":
         name = "time_uniform" if recipe.mode == "time" else "logsnr"  # where it starts by itself
-    if name == "best":
-        losses = grid_search(problem, grids, batch_size=pass_size(recipe), count=FEW_PAIRS)
-        name = next(iter(losses))
-        if not math.isfinite(losses[name]):
-            raise ValueError("no hand-made grid has a finite loss; use another solver or more evaluations")
-        return name, grids[name]
-    if name in SEARCHES:
-        options = {"batch_size": pass_size(recipe), "folder": Path(args.output_dir), **grid}
-        return search_start(name, problem, nfe, max(args.nfe), spec, **options)
-    if name in grids:
-        return name, grids[name]
-    if Path(name).exists():
-        return Path(name).name, saved_schedule(name, path, nfe, spec, config.prediction_type)
-    return name, grid_schedule(name, path, nfe, spec, config.prediction_type, **grid)
+    elif name == "best":
+        shared = [each for each in grids[nfes[0]] if all(each in of_count for of_count in grids.values())]
+        name = best_grid(problem, {each: [grids[nfe][each] for nfe in nfes] for each in shared}, pass_size(recipe))
+    found = {}
+    for nfe in nfes:
+        if name in SEARCHES:
+            options = {"batch_size": pass_size(recipe), "folder": Path(args.output_dir), **grid}
+            start, initial = search_start(name, problem, nfe, max(args.nfe), spec, **options)
+        elif name in grids[nfe]:
+            start, initial = name, grids[nfe][name]
+        elif Path(name).exists():
+            start, initial = Path(name).name, saved_schedule(name, path, nfe, spec, config.prediction_type)
+        else:
+            start, initial = name, grid_schedule(name, path, nfe, spec, config.prediction_type, **grid)
+        problem.accelerator.print(f"{nfe} evaluations: starting from {start}")
+        found[nfe] = grids[nfe], start, initial
+    return found
 
 
 def run(

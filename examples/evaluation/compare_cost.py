@@ -29,7 +29,7 @@ from training.learner_default import DefaultLearner
 from training.learning_pairs import Part, learning_pairs
 from training.learning_problem import learning_problem
 from training.report import write_whole
-from training.train_ld3 import starting_point
+from training.train_ld3 import starting_points
 
 
 UNSEEN = 128  # pairs, in the middle of the teacher set: training is on its beginning, validation on its end
@@ -73,7 +73,8 @@ def as_published(options: list[str], nfe: int) -> tuple[float, Cost]:
     """The loss at its end, and what it cost to get there."""
     cost = Cost()
     with problem_of([*options, "--nfe", str(nfe)]) as (args, recipe, problem, unseen):
-        _, _, initial = starting_point(args, nfe, recipe, learning_arguments.solver_of(args), problem)
+        solver = learning_arguments.solver_of(args)
+        _, _, initial = starting_points(args, [nfe], recipe, solver, problem)[nfe]
         steps = recipe.steps(len(problem.train))
         with counted(problem, cost), tqdm(total=steps, desc=f"published, {nfe} evaluations", unit="step") as progress:
             pairs = problem.rollout, problem.train, problem.valid
@@ -86,7 +87,8 @@ def by_default(options: list[str], nfe: int, loss: float) -> tuple[float, Cost, 
     cost, done = Cost(), 0
     with problem_of([*options, "--nfe", str(nfe)]) as (args, recipe, problem, unseen):
         with counted(problem, cost):
-            _, _, initial = starting_point(args, nfe, recipe, learning_arguments.solver_of(args), problem)
+            solver = learning_arguments.solver_of(args)
+            _, _, initial = starting_points(args, [nfe], recipe, solver, problem)[nfe]
             learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, problem.path))
         found = problem.mean_loss(initial, unseen, 32)
         while found > loss and not learner.finished:
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     shared = ["--solver", learned["solver"], "--solver_order", str(learned["solver_order"]), "--loss", "l2"]
     shared += ["--output_dir", learned["output_dir"] + "-cost"]
     options = {
-        "published": [*config, *of_published["published-unipc"], *shared],
+        "published": [*config, *of_published, *shared],
         "default": [*config, *shared],
     }
     make_teacher_set.main(config)

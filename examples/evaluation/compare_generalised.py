@@ -21,42 +21,32 @@ from training.arguments import read_recipe
 from training.contenders import is_flow, is_preconditioned
 
 
-# LD3 as its authors run it on pixel and on latent models, but by the distance that is measured here; their solver, and ours.
-PUBLISHED = {
-    True: ("published-pixel", {"unipc": ["unipc", "3", "bh1"], "ipndm": ["ipndm", "3"]}),
-    False: ("published-stable-diffusion", {"unipc": ["unipc", "2", "bh2"]}),
-}
-NOT_OF_THE_METHOD = ("loss", "loss_space", "guidance_scale", "solver", "solver_order", "solver_type")
+# LD3 as its authors run it on pixel and on latent models, but by the distance that is measured here.
+PUBLISHED = {True: "published-pixel", False: "published-stable-diffusion"}
+NOT_OF_THE_METHOD = ("loss", "loss_space", "guidance_scale")
 L2 = ["--loss", "l2", "--loss_space", "latent", "--checkpointing_steps", "25"]
 BOTH_TIMES = ["--learn", "times,network_times", "--max_train_steps", "4"]  # few numbers need few pairs
 CURVE = ["--curve", "--num_train", "64", "--first_pairs", "8"]
-REFINED = ["--first_pairs", "128", "--max_train_steps", "2"]
+REFINED = ["--first_pairs", "128", "--first_directions", "16", "--max_train_steps", "2"]
 GITS = {"GITS UniPC rescored": ("UniPC", True), "GITS iPNDM": ("iPNDM", False)}
 AMED = "AMED iPNDM"
 
 
-def published(recipes: Path, in_pixels: bool) -> dict[str, list[str]]:
-    """Options of `train_ld3` for each solver, by the name of its folder."""
-    name, solvers = PUBLISHED[in_pixels]
-    settings = read_recipe(recipes / f"{name}.yaml")
-    common = [f"--{key}={value}" for key, value in settings.items() if key not in NOT_OF_THE_METHOD]
-    options = ("--solver", "--solver_order", "--solver_type")
-    return {
-        f"published-{solver}": [*common, *L2, *(part for pair in zip(options, values) for part in pair)]
-        for solver, values in solvers.items()
-    }
+def published(recipes: Path, in_pixels: bool) -> list[str]:
+    """Options of `train_ld3`."""
+    settings = read_recipe(recipes / f"{PUBLISHED[in_pixels]}.yaml")
+    return [*(f"--{key}={value}" for key, value in settings.items() if key not in NOT_OF_THE_METHOD), *L2]
 
 
-def learn(config: list[str], folder: Path, nfe: list[int], of_published: dict[str, list[str]]) -> None:
+def learn(config: list[str], folder: Path, nfe: list[int], of_published: list[str]) -> None:
     """A folder of schedules for each way to learn them."""
-    every = [str(count) for count in range(min(nfe), max(nfe) + 1)]
     counts = [str(count) for count in nfe]
     shared = ["--allow_worse", "--resume_from_checkpoint", "latest", "--report_to", "none"]
     ways = {
-        **{name: (counts, options) for name, options in of_published.items()},
+        "published": (counts, of_published),
         "generalised": (counts, []),
         "both-times": (counts, BOTH_TIMES),
-        "curve": (every, CURVE),
+        "curve": (counts, CURVE),
         "refined": (counts, ["--init", str(folder / "curve"), *REFINED]),
     }
     for name, (given, options) in ways.items():
@@ -64,14 +54,14 @@ def learn(config: list[str], folder: Path, nfe: list[int], of_published: dict[st
         train_ld3.main([*config, "--nfe", *given, *options, *output, *shared])
 
 
-def contenders(folder: Path, amed: Path, form: str | None, of_published: dict[str, list[str]]) -> list[str]:
+def contenders(folder: Path, amed: Path, form: str | None) -> list[str]:
     """As `training.evaluate` takes them; the generalised schedules, with which the others are compared, first."""
     return [
         f"{folder / 'generalised'}:name=generalised",
         f"{folder / 'curve'}:name=curve",
         f"{folder / 'refined'}:name=curve refined",
         f"{folder / 'both-times'}:name=times alone",
-        *(f"{folder / name}:name=LD3 published" for name in of_published),
+        f"{folder / 'published'}:name=LD3 published",
         *(
             f"{compare_schedules.gits_folder(folder, solver, rescored)}:name={name}"
             for name, (solver, rescored) in GITS.items()
@@ -105,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         of_amed = [count for count in args.nfe if count % 2 == 0 or not is_flow(stock)]
         compare_amed.learn_students(config, amed, of_amed, (AMED,), (form,))
     seeds = f"{compare_schedules.FIRST_SEED}-{compare_schedules.FIRST_SEED + args.num_samples - 1}"
-    compared = contenders(folder, amed, form if args.amed else None, of_published)
+    compared = contenders(folder, amed, form if args.amed else None)
     output = ["--output_dir", str(evaluation / "generalised")]
     evaluate.main([*config, "--schedulers", *compared, "--nfe", *counts, "--seeds", seeds, *output])
 

@@ -73,9 +73,9 @@ def linearise(rollout: PipelineRollout, nfe: int, batch: int) -> dict[str, float
         saved += tensor.untyped_storage().nbytes()
         return tensor
 
-    before, wanted = rollout.evaluations.forward, [True] * (nfe * (nfe + 2))
+    before, numbers = rollout.evaluations.forward, torch.eye(nfe * (nfe + 2))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _, derivatives = sensitivities(rollout, schedule, rollout.path, noise, conditioning, wanted)
+        _, derivatives = sensitivities(rollout, schedule, rollout.path, noise, conditioning, numbers, 8)
     return {
         "forward": (rollout.evaluations.forward - before) / batch,
         "derivatives": derivatives.numel() * derivatives.element_size(),

@@ -13,9 +13,9 @@ from ld3_diffusers.noise_path import VE, VPLinear
 from ld3_diffusers.schedule import Schedule, SolverSpec
 from tests.training.toy import ToyPairs, grid_schedule, make_pairs, perfect_gain, single_gaussian, toy
 from training.checkpoint import checkpoint_folders
-from training.initial import candidates, grid_search, saved_schedule
-from training.learner import Problem, learn
-from training.learner_default import surely_better
+from training.initial import best_grid, candidates, grid_search, saved_schedule
+from training.learner import Problem, learn, parameters_for
+from training.learner_default import DefaultLearner, surely_better
 from training.learner_published import PublishedLearner
 from training.parameters import PublishedParameters
 from training.recipe import AdamRecipe, DefaultRecipe, PublishedRecipe, make_recipe
@@ -84,6 +84,68 @@ def test_one_gaussian_is_solved_as_well_as_by_trying_all_times(final, name):
     assert result.loss <= fine[optimum] * 1.001 + 1e-12
     if name == "adam":  # derivatives by finite changes end near an optimum that is this flat, not at it
         assert float(result.schedule.times[1]) == pytest.approx(optimum, rel=0.01)
+
+
+def test_halving_finds_the_grid_that_all_pairs_find_for_less(mixture):
+    rollout, train, valid, _ = mixture
+    grids = candidates(PATH, 5, DPMPP, "epsilon", final_sigmas_type="sigma_min")
+    problem = Problem(rollout, train, valid, PATH)
+    counts, single = [], {name: [schedule] for name, schedule in grids.items()}
+    for search in (lambda: next(iter(grid_search(problem, grids))), lambda: best_grid(problem, single, 8)):
+        rollout.evaluations = 0
+        counts.append((search(), rollout.evaluations))
+    assert len(grids) == 5 and counts[0] == (counts[1][0], 32 * 5 * 5)
+    assert counts[1][1] == 5 * (4 * 5 + 8 * 3 + 16 * 2)
+    problem.rollout = lambda schedule, noise, conditioning: noise * math.nan
+    with pytest.raises(ValueError, match="no hand-made grid has a finite loss; use another solver"):
+        best_grid(problem, single)
+
+
+@pytest.mark.parametrize("best", range(-3, 4))
+def test_the_damping_is_searched_from_what_was_best(mixture, best, monkeypatch):
+    """Where the loss falls up to one damping and rises from there, that one is found; where none is better, all were tried."""
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "time_uniform", 4, DPMPP)
+    problem = Problem(rollout, train, valid, PATH)
+    recipe = DefaultRecipe(first_directions=50)
+    learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, PATH))
+    _, gradient, hessian = learner._linearised(range(16), 50)
+    before, tried, worst = learner.parameters.vector(), [], 0.0
+
+    def losses(held_out):
+        moved = learner.parameters.vector() - before
+        if not moved.any():
+            return torch.full((1, len(held_out)), 10.0)
+        # what damping led here
+        powers = torch.arange(-3, 4)
+        steps = [torch.linalg.solve(hessian + torch.diag(10.0**p * hessian.diagonal()), -gradient) for p in powers]
+        tried.append(int(powers[torch.stack([(moved - step).norm() for step in steps]).argmin()]))
+        return torch.full((1, len(held_out)), worst + abs(tried[-1] - best))
+
+    monkeypatch.setattr(learner, "_held_out_losses", losses)
+    monkeypatch.setattr(learner, "_linearised", lambda pairs, directions: (1.0, gradient, hessian))
+    assert learner.step()["damping"] == 10.0**best and learner.damping == best
+    assert len(tried) <= 2 + abs(best) + (best >= 0)
+    learner.parameters.set_vector(before)
+    tried.clear()
+    assert learner.step()["damping"] == 10.0**best and len(tried) <= 3
+    learner.parameters.set_vector(before)
+    tried.clear()
+    worst = 11.0
+    assert learner.step() == {"loss": 1.0, "valid_loss": 10.0, "damping": 0.0, "pairs": 32}
+    assert sorted(tried) == list(range(-3, 4)) and learner.damping == best and learner.stopped
+
+
+def test_a_curve_whose_counts_are_exact_is_left_alone():
+    """Its losses are 0, of which there is no logarithm."""
+    path, std = VE(sigma_min=0.02, sigma_max=10.0), 0.5
+    rollout = single_gaussian(path, std)
+    initial = {nfe: grid_schedule(path, "logsnr", nfe, SolverSpec("euler")) for nfe in (3, 4)}
+    curve = parameters_for(DefaultRecipe(), initial, path).learned()
+    noise = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs = ToyPairs(noise, rollout(curve.schedule(3, path), noise, {}))
+    result = learn(rollout, pairs, pairs, initial, DefaultRecipe(max_steps=2), path=path)
+    assert result.loss <= result.initial_loss < 1e-12
 
 
 @pytest.mark.parametrize("solver", ["euler", "ipndm"])

@@ -151,6 +151,18 @@ def test_what_is_certified_is_what_was_measured(room, certified):
     assert distances.tolist() == pytest.approx(stated, rel=1e-4)
 
 
+def test_a_curve_is_certified_like_single_counts(room, tmp_path):
+    teacher = ["--teacher", str(room / "teacher"), "--teacher_set", str(room / "pairs"), "--report_to", "none"]
+    learn = ["--curve", "--nfe", "4", "6", "--solver", "unipc", "--max_train_steps", "3"]
+    train_ld3.main([*teacher, *learn, "--output_dir", str(tmp_path / "curve")])
+    publish.main(arguments(room, tmp_path / "published", "--schedules", str(tmp_path / "curve")))
+    assert list(read(tmp_path / "published" / "certificate.json")["counts"]) == ["5"]
+    of_curve, scheduler = (LD3Scheduler.from_pretrained(tmp_path / name) for name in ("curve", "published"))
+    assert of_curve.served_counts == [4, 5, 6] and scheduler.served_counts == scheduler.learned_counts == [5]
+    schedule = scheduler.learned_schedule(5)
+    assert torch.equal(schedule.times, of_curve.learned_schedule(5).times) and schedule.residuals.any()
+
+
 def test_nothing_private_is_published(room, hub, tmp_path, monkeypatch):
     here = tmp_path / "my-secret-project"
     here.mkdir()

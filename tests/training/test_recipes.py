@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: what a file with sections says to which program, and that every shipped one fits the programs' arguments."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from training import (
 )
 from training.arguments import parse, read_recipe
 from training.call_settings import check_call_arguments
-from training.learner_default import DAMPINGS, FEWEST_HELD_OUT
+from training.learner_default import FEWEST_HELD_OUT
 from training.learning_arguments import solver_of
 from training.prompts import read_prompts
 from training.published_results import data_sets
@@ -198,10 +199,13 @@ def learning_evaluations(args) -> int:
     if recipe.name == "default":
         pairs = [min(recipe.first_pairs * 2**i, args.num_train) for i in range(recipe.max_steps)]
         held_out = [min(max(count, FEWEST_HELD_OUT), args.num_valid) for count in pairs]
-        tried = 1 + len(DAMPINGS)
-        return sum(
-            n * (n - 1) * (n + 10) // 6 * sum(pairs) + 3 * n * sum(pairs) + tried * n * sum(held_out) for n in args.nfe
-        )
+        tried = 1 + 3  # the schedule as it is, and dampings, mostly
+        evaluations = 0
+        for i, n in itertools.product(range(recipe.max_steps), args.nfe):
+            # Row r's state depends on the r (r + 5) / 2 numbers of the rows before.
+            along = sum(min(recipe.first_directions * 2**i, r * (r + 5) // 2) for r in range(1, n))
+            evaluations += pairs[i] * (3 * n + along) + held_out[i] * tried * n
+        return evaluations
     iterations = -(-args.num_train // recipe.batch_size)
     first_validation = min(args.num_valid, recipe.valid_batch_size)
     # Every sample is differentiated and tried again; validation noises are moved once a round in the same way.

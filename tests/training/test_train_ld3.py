@@ -261,7 +261,7 @@ def test_a_new_run_in_a_folder_leaves_no_checkpoint_of_the_old_one(room, tmp_pat
 
 def test_one_curve_serves_every_count_and_is_refined(room, tmp_path, capsys):
     output = tmp_path / "schedules"
-    curve = arguments(room, output, "--curve", "--nfe", "2", "3", "5", "--allow_worse", recipe="default")
+    curve = arguments(room, output, "--curve", "--nfe", "2", "4", "--allow_worse", recipe="default")
     train_ld3.main(curve)
     assert files(output) == {
         "scheduler_config.json",
@@ -270,19 +270,18 @@ def test_one_curve_serves_every_count_and_is_refined(room, tmp_path, capsys):
         "curve/checkpoint-3/learner.pt",
     }
     learned = LD3Scheduler.from_pretrained(output)
-    assert learned.served_counts == [2, 3, 4, 5] and learned.learned_counts == []
+    assert learned.served_counts == [2, 3, 4] and learned.learned_counts == []
     facts = learned.learned_curve.provenance
-    assert facts["counts_learned_on"] == [2, 3, 5] and facts["loss"] < facts["initial_loss"]
+    assert facts["counts_learned_on"] == [2, 3, 4] and facts["loss"] < facts["initial_loss"]
     assert facts["learned_on"]["train"]["seeds"] == [0, 4]
     pipe = DiffusionPipeline.from_pretrained(room / "sd")
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = learned
     noise, target, conditioning = TeacherSet.load(room / "pairs").batch([5, 6, 7])
     call = {"guidance_scale": 2.0, "output_type": "latent", "height": 32, "width": 32}
-    for nfe in (2, 3, 4, 5):
+    for nfe in (2, 3, 4):
         end = pipe(**conditioning, latents=noise, num_inference_steps=nfe, **call).images
-        if nfe != 4:
-            assert float(((end - target) ** 2).mean()) == pytest.approx(facts["losses"][str(nfe)], rel=1e-4)
+        assert float(((end - target) ** 2).mean()) == pytest.approx(facts["losses"][str(nfe)], rel=1e-4)
     before = (output / "scheduler_config.json").read_bytes()
     train_ld3.main([*curve, "--resume_from_checkpoint", "latest"])
     assert "has this curve already" in capsys.readouterr().out
@@ -294,8 +293,8 @@ def test_one_curve_serves_every_count_and_is_refined(room, tmp_path, capsys):
     assert refined.learned_counts == [4] and refined.config.curve == learned.config.curve
     assert refined.learned_schedules[4].provenance["loss"] <= refined.learned_schedules[4].provenance["initial_loss"]
     for given, sentence in (
-        (["--nfe", "3"], "--curve learns on several --nfe"),
-        (["--recipe", "adam"], "--curve learns on several --nfe, by the recipe 'default'"),
+        (["--nfe", "3"], "--curve learns from the least to the largest --nfe"),
+        (["--recipe", "adam"], "--curve learns from the least to the largest --nfe, by the recipe 'default'"),
         (["--solver", "heun"], "one evaluation a step"),
     ):
         given = arguments(room, tmp_path / "no", "--curve", "--nfe", "3", "5", *given, recipe="default")
