@@ -130,7 +130,8 @@ def sensitivities(
     by_state, by_history, by_time = by_parameters.double().cpu().split([rows, rows * rows, rows])
     by_history = by_history.view(rows, rows, -1)
     of_row = [by_state.any(1), by_history.any(2).sum(1), by_time.any(1)]
-    moving = sum(each.long() for each in of_row).cumsum(0).tolist()  # numbers of the table, up to each row
+    moving = [0, *sum(each.long() for each in of_row).cumsum(0).tolist()]  # numbers of the table before each row
+    counts = [min(directions, by_parameters.shape[1], numbers) for numbers in moving[:rows]]
 
     def predicted(states: list[Tensor], time: Tensor) -> list[Tensor]:
         p, q = conversion(path, "data", schedule.prediction_type, time)
@@ -142,7 +143,7 @@ def sensitivities(
         return [float(p) * state + float(q) * output for state, output in zip(states, outputs)]
 
     x = noise.to(steps[0][0]).to(exact) * float(table.start)
-    frame = _Frame(x, 1 + rows * (directions + 2))
+    frame = _Frame(x, 1 + sum(counts) + 2 * rows)
     state = frame.add(x)
     moved = torch.zeros(len(x), by_parameters.shape[1], len(state), dtype=torch.float64)
     predictions: list[Tensor] = []  # newest first, as the table's coefficients
@@ -157,10 +158,9 @@ def sensitivities(
             x, output = (part.to(exact) for part in steps[i - skipped][:2])
             prediction, time = float(table.p[i]) * x + float(table.q[i]) * output, table.network_times[i]
             sizes = change * x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
-            count = min(directions, moved.shape[1], moving[i - 1] if i else 0)
             moved_prediction = torch.zeros_like(moved)
-            if count:
-                principal = _Principal(frame, moved, count, NEGLIGIBLE[exact])
+            if counts[i]:
+                principal = _Principal(frame, moved, counts[i], NEGLIGIBLE[exact])
                 along = frame.combined(principal.basis).unbind(1)
                 changed = predicted([x + sizes * each.view_as(x) for each in along], time)
                 moved_prediction = principal.image([frame.add((each - prediction) / sizes) for each in changed])
@@ -206,9 +206,7 @@ class _Principal:
 
     def image(self, images: list[Tensor]) -> Tensor:
         """Coefficients as `moved`, of its images under the Jacobian, from those (capacity,) of the images of the basis."""
-        along = self.frame.products @ torch.stack(
-            images, 1
-        )  # (batch, capacity, count): inner products with the images
+        along = self.frame.products @ torch.stack(images, 1)  # (batch, capacity, count) inner products
         rest = self.units - self.shares @ self.basis
         of_last = (self.basis[:, 0] * along[:, :, 0]).sum(-1)[:, None, None]
         return self.lengths * (self.shares @ torch.stack(images) + rest @ along @ self.basis + of_last * rest)
