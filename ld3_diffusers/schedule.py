@@ -226,6 +226,14 @@ class Schedule:
             wanted=wanted,
         )
 
+    def lacks_history(self, first: int) -> bool:
+        """Whether a run that starts with evaluation `first` leaves out some of the learned coefficients of the rows that it takes."""
+        if self.residuals is None:
+            return False
+        first += int(self.spec.afs)
+        kept, learned = tail_of(self.residuals, first), self.residuals[first:]
+        return bool((kept != 0).sum() < (learned != 0).sum())
+
     def check_stability(self, path: NoisePath) -> None:
         """Raises a `ValueError` if the learned coefficients, where there are some, carry samples far from where the solver would."""
         if self.residuals is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..noise_path import float64
@@ -30,9 +31,18 @@ from .thresholding import check_bounds_data, make_threshold
 from .unlearned import refuse_custom_grids, requested, unlearned_schedule
 
 
+logger = logging.get_logger(__name__)
+
+
 UNSCALED_START = (
     "an analytical first step is part of the starting noise, which this pipeline does not multiply by init_noise_sigma "
     "after set_timesteps; use a schedule without one (afs=False)"
+)
+
+
+LACKS_HISTORY = (
+    "learned coefficients are left out, because sampling starts at step {}, without the predictions that they weigh; a schedule learned "
+    "with --learn times,network_times, or none (LD3Scheduler.from_config(config, schedules=None)), may be better here"
 )
 
 
@@ -433,6 +443,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         if self._scales_input and not self._input_was_scaled and self.path.kind != "ve":
             raise ValueError(UNSCALED_INPUT)
         # The history before a later start is missing, so its tail gets a table of its own.
+        if index and self._schedule.lacks_history(index):
+            logger.warning(LACKS_HISTORY.format(index))
         table = self._schedule.table(self.path, mu=self._mu, first=index) if index else self._table
         self._executor = Executor(table, self._threshold, fused)
         self._step_index = index

@@ -152,7 +152,7 @@ def test_tails_of_a_schedule(solver, first):
     )
 
 
-def test_in_a_pipeline_that_starts_late_the_whole_triangle_is_left_out():
+def test_in_a_pipeline_that_starts_late_the_whole_triangle_is_left_out_and_it_is_said(caplog):
     whole = replace(schedule(solver="unipc"), residuals=residuals())
     plain = LD3Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     learned = LD3Scheduler.from_config(plain.config, schedules={str(ROWS): whole.to_dict(SD)})
@@ -166,6 +166,8 @@ def test_in_a_pipeline_that_starts_late_the_whole_triangle_is_left_out():
             x = scheduler.step(torch.tanh(x), t, x).prev_sample
         ends.append(x)
     torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("learned coefficients are left out, because sampling starts at step 2,")
 
 
 def test_a_resolution_shift_moves_the_solver_s_part_and_keeps_the_residuals():
