@@ -41,8 +41,8 @@ UNSCALED_START = (
 
 
 LACKS_HISTORY = (
-    "learned coefficients are left out, because sampling starts at step {}, without the predictions that they weigh; a schedule learned "
-    "with --learn times,network_times, or none (LD3Scheduler.from_config(config, schedules=None)), may be better here"
+    "learned coefficients are left out, because sampling starts at step {}, without the predictions that they weigh; without a learned "
+    "schedule (LD3Scheduler.from_config(config, schedules=None)) it may end nearer to the teacher"
 )
 
 
