@@ -153,12 +153,12 @@ def test_the_commands_that_learn_and_refine_a_curve(tmp_path, monkeypatch):
     given = ["--teacher", str(tmp_path / "tiny-flux"), "--teacher_set", str(tmp_path / "pairs"), *shorter]
     assert ["3", "10"] == of_curve[of_curve.index("--nfe") + 1 : of_curve.index("--num_train")]
     importlib.import_module(learn).main(
-        [*of_curve, *given, "--nfe", "3", "4", "6", "--output_dir", str(tmp_path / "curve")]
+        [*of_curve, *given, "--nfe", "4", "6", "--output_dir", str(tmp_path / "curve")]
     )
     importlib.import_module(refine).main(
         [*of_refined, *given, "--init", str(tmp_path / "curve"), "--output_dir", str(tmp_path / "refined")]
     )
-    assert LD3Scheduler.from_pretrained(tmp_path / "curve").served_counts == [3, 4, 5, 6]
+    assert LD3Scheduler.from_pretrained(tmp_path / "curve").served_counts == [4, 5, 6]
     assert LD3Scheduler.from_pretrained(tmp_path / "refined").learned_counts == [4, 6]
 
 
