@@ -197,7 +197,9 @@ class _Principal:
         self.frame = frame
         self.lengths = ((moved @ frame.products) * moved).sum(-1, keepdim=True).clamp(min=0).sqrt()
         self.units = torch.where(self.lengths > 0, moved / self.lengths, torch.zeros_like(moved))
-        values, vectors = torch.linalg.eigh(self.units @ frame.products @ self.units.mT)
+        products = self.units @ frame.products @ self.units.mT
+        # What is not finite stays so in `lengths`, and is refused by the learner; `eigh` would raise first.
+        values, vectors = torch.linalg.eigh(products.nan_to_num(0.0, 0.0, 0.0))
         values, vectors = values[:, None, -count:], vectors[..., -count:]
         differ = values > negligible * values[..., -1:].clamp(min=1e-30)
         roots = torch.where(differ, values.clamp(min=0).sqrt(), 0.0)

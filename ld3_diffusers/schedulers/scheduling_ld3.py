@@ -442,9 +442,9 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(UNSCALED_START)
         if self._scales_input and not self._input_was_scaled and self.path.kind != "ve":
             raise ValueError(UNSCALED_INPUT)
-        # The history before a later start is missing, so its tail gets a table of its own.
         if index and self._schedule.lacks_history(index):
             logger.warning(LACKS_HISTORY.format(index))
+        # The history before a later start is missing, so its tail gets a table of its own.
         table = self._schedule.table(self.path, mu=self._mu, first=index) if index else self._table
         self._executor = Executor(table, self._threshold, fused)
         self._step_index = index

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from ld3_diffusers import Schedule, SolverSpec
 from ld3_diffusers.discretization import append_zero, discretization
 from training.denoisers import denoisers
+from training.recipe import DefaultRecipe
 from training.rollout import PipelineRollout
 from training.sensitivity import sensitivities
 
@@ -75,7 +76,9 @@ def linearise(rollout: PipelineRollout, nfe: int, batch: int) -> dict[str, float
 
     before, numbers = rollout.evaluations.forward, torch.eye(nfe * (nfe + 2))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _, derivatives = sensitivities(rollout, schedule, rollout.path, noise, conditioning, numbers, 8)
+        _, derivatives = sensitivities(
+            rollout, schedule, rollout.path, noise, conditioning, numbers, DefaultRecipe().first_directions
+        )
     return {
         "forward": (rollout.evaluations.forward - before) / batch,
         "derivatives": derivatives.numel() * derivatives.element_size(),

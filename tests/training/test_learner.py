@@ -134,6 +134,10 @@ def test_the_damping_is_searched_from_what_was_best(mixture, best, monkeypatch):
     worst = 11.0
     assert learner.step() == {"loss": 1.0, "valid_loss": 10.0, "damping": 0.0, "pairs": 32}
     assert sorted(tried) == list(range(-3, 4)) and learner.damping == best and learner.stopped
+    # Along few directions this may be their fault.
+    learner.recipe = replace(recipe, first_directions=1)
+    learner.step()
+    assert not learner.stopped
 
 
 def test_a_curve_whose_counts_are_exact_is_left_alone():

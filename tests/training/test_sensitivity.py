@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derivatives of end states by the numbers of a step table, against automatic differentiation, and what they cost."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -96,7 +97,16 @@ def test_few_directions_are_nearly_all():
 
     exact = sensitivities(rollout, schedule, PATHS["flow"], noise, {}, numbers, 48)[1]
     errors = [error(directions) for directions in (1, 2, 3, 8)]
-    assert errors[0] < 0.15 and errors[1] < 0.04 and errors[2] < 0.015 and errors[3] < 2e-3
+    # Without the symmetry of Jacobians .033 with two directions; without what the last one tells of the others .37.
+    assert errors[0] < 0.095 and errors[1] < 0.026 and errors[2] < 0.01 and errors[3] < 1e-5
+
+
+def test_what_is_not_finite_stays_so():
+    rollout, schedule, noise = problem("flow", SolverSpec("unipc", 2))
+    network = rollout.network
+    rollout.network = lambda x, t, path: network(x, t, path) * (math.nan if float(t) < 0.6 else 1.0)
+    end, derivatives = sensitivities(rollout, schedule, PATHS["flow"], noise, {}, torch.eye(24), 4)
+    assert not end.isfinite().any() and not derivatives.isfinite().all()
 
 
 def test_coarse_states_leave_enough_of_the_derivatives():
