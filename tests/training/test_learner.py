@@ -140,6 +140,19 @@ def test_the_damping_is_searched_from_what_was_best(mixture, best, monkeypatch):
     assert not learner.stopped
 
 
+def test_a_network_that_overflows_is_refused_by_a_sentence():
+    rollout = toy(PATH)
+    pairs = make_pairs(rollout, 4, 1)
+    initial = grid_schedule(PATH, "time_uniform", 4, DPMPP)
+    learner = DefaultLearner(
+        Problem(rollout, pairs, pairs, PATH), DefaultRecipe(), parameters_for(DefaultRecipe(), initial, PATH)
+    )
+    network = rollout.network
+    rollout.network = lambda x, t, path: network(x, t, path) * (math.inf if float(t) < 0.5 else 1.0)
+    with pytest.raises(ValueError, match="derivatives are not finite; learn in bfloat16 or float32"):
+        learner.step()
+
+
 def test_a_curve_whose_counts_are_exact_is_left_alone():
     """Its losses are 0, of which there is no logarithm."""
     path, std = VE(sigma_min=0.02, sigma_max=10.0), 0.5
