@@ -234,11 +234,7 @@ class AMEDScheduler(LD3Scheduler):
 
     def _is_due(self, given: Tensor) -> bool:
         """Whether a network is called for the stage that was predicted, not by another pipeline after a run that was broken off."""
-        first = given.reshape(-1)[:1]
-        if first.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
-            return first.storage_offset() == self.timesteps.storage_offset() + self._step_index
-        own = self._timesteps_on_host[self._step_index]
-        return abs(float(first) - own) <= 2**-8 * max(abs(own), 1e-2)
+        return self._is_timestep_of(self._step_index, given.reshape(-1)[:1])
 
     def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
         if self._sample_timesteps is None:

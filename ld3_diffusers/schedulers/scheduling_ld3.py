@@ -40,9 +40,21 @@ UNSCALED_START = (
 )
 
 
+LEAVES_LEARNED = (
+    "sampling begins in a noised picture, at step {} of {}: what was learned is for all steps together, so this call goes by the stock "
+    "spacing and the solver's own coefficients"
+)
+
+
 LACKS_HISTORY = (
-    "learned coefficients are left out, because sampling starts at step {}, without the predictions that they weigh; without a learned "
+    "learned coefficients are left out, because sampling begins at step {}, without the predictions that they weigh; without a learned "
     "schedule (LD3Scheduler.from_config(config, schedules=None)) it may end nearer to the teacher"
+)
+
+
+COPIED_TIMESTEPS = (
+    "image to image goes by the stock spacing, but this pipeline has copied the learned schedule's timesteps; load the scheduler without "
+    "learned schedules, LD3Scheduler.from_config(config, schedules=None)"
 )
 
 
@@ -58,7 +70,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. LD3 (Tong et al., "Learning to Discretize Denoising
     Diffusion ODEs", arXiv:2405.15506) learns two time vectors for a frozen model: where the solver steps (`sigmas`) and what
     time the network is told (`timesteps`). A config holds one such schedule for each learned number of network evaluations;
-    without any it is a stock-like scheduler for every count.
+    without any it is a stock-like scheduler for every count, as it is for pipelines that start in a picture (see [`add_noise`]).
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, prediction_type:
@@ -173,6 +185,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         self._table: StepTable | None = None
         self._executor: Executor | None = None
         self._start_was_scaled = self._input_was_scaled = self._scales_input = False
+        self._leaves_learned = self._left_learned = False  # see `add_noise`
+        self._said: set[str] = set()
         self._step_index = self._begin_index = None
         times = torch.linspace(self.path.t_max, self.path.t_min, num_train_timesteps, dtype=torch.float64)
         self.sigmas = self.path.levels(times).z.float()
@@ -289,23 +303,28 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             ValueError: for a count without a learned schedule, a custom grid beside a learned one, or a missing mu.
         """
         nfe, timesteps, sigmas = requested(num_inference_steps, timesteps, sigmas)
-        self._schedule, self._table, self._mu = self._choose(nfe, timesteps, sigmas, mu)
-        self._asked_mu = mu
-        self.num_inference_steps = nfe
-        self._tell(self._table.timesteps, device)
-        levels = self.path.levels(self._table.times)
-        self.sigmas = levels.z.to(device=device, dtype=torch.float32)
-        scale = self._table.input_scale
-        self._input_scales = scale if scale.requires_grad else scale.tolist()
-        self._scales_input = scale.requires_grad or any(value != 1 for value in self._input_scales)
-        self._executor = None
-        self._start_was_scaled = self._input_was_scaled = False
-        self._step_index = self._begin_index = None
-
-    def _choose(self, nfe, timesteps, sigmas, mu) -> tuple[Schedule, StepTable, float]:
+        self._asked = nfe, timesteps, sigmas, mu
         learned = self._override
         if learned is None and (self.learned_schedule(nfe) is not None or self.config.discretization is None):
             learned = learned_schedule(self._schedules, self._curve, nfe, self.path, self.config.interpolate)
+        self._leaves_learned = learned is not None and learned is not self._override and learned.stages is None
+        self._left_learned = False
+        self._serve(*self._choose(learned, *self._asked), device)
+        self._start_was_scaled = self._input_was_scaled = False
+        self._step_index = self._begin_index = None
+
+    def _serve(self, schedule: Schedule, table: StepTable, mu: float, device) -> None:
+        self._schedule, self._table, self._mu = schedule, table, mu
+        self.num_inference_steps = schedule.nfe
+        self._tell(table.timesteps, device)
+        self.sigmas = self.path.levels(table.times).z.to(device=device, dtype=torch.float32)
+        scale = table.input_scale
+        self._input_scales = scale if scale.requires_grad else scale.tolist()
+        self._scales_input = scale.requires_grad or any(value != 1 for value in self._input_scales)
+        self._executor = None
+
+    def _choose(self, learned: Schedule | None, nfe, timesteps, sigmas, mu) -> tuple[Schedule, StepTable, float]:
+        """A schedule, its table and the resolution shift of that; of `learned`, or where there is none of what the config describes."""
         if learned is not None:
             if learned.nfe != nfe:
                 raise ValueError(f"the schedule in use makes {learned.nfe} evaluations; set num_inference_steps to it")
@@ -340,8 +359,9 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
     def mu(self) -> float:
         """Resolution shift that the last `set_timesteps` asked for, added to logit s; 0 where there is none."""
         config = self.config
-        unknown = self._table is None or (config.use_dynamic_shifting and self._asked_mu is None)
-        return 0.0 if unknown or config.shift_terminal else logit_shift(config, self._asked_mu)
+        asked = None if self._table is None else self._asked[-1]
+        unknown = self._table is None or (config.use_dynamic_shifting and asked is None)
+        return 0.0 if unknown or config.shift_terminal else logit_shift(config, asked)
 
     # ------------------------------------------------------------------ where we are
 
@@ -362,18 +382,34 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if no timestep of the schedule is near.
         """
-        if isinstance(timestep, Tensor):
-            storage = self.timesteps.untyped_storage()
-            if timestep.untyped_storage().data_ptr() == storage.data_ptr() and timestep.numel() == 1:
-                return timestep.storage_offset() - self.timesteps.storage_offset()
+        index = self._index_in_view(timestep)
+        if index is not None:
+            return index
         value = float(timestep)
         index, nearest = min(enumerate(self._timesteps_on_host), key=lambda pair: abs(pair[1] - value))
-        # a pipeline may have cast the time to bfloat16, which keeps 8 bits
-        if abs(nearest - value) > 2**-8 * max(abs(value), 1e-2):
+        if not self._is_near(value, nearest):
             raise ValueError(
                 f"{value:g} is none of this schedule's timesteps; pass an element of `scheduler.timesteps`"
             )
         return index
+
+    def _index_in_view(self, timestep) -> int | None:
+        """Where a view of one of `timesteps` lies in it, which costs no transfer; None for other values."""
+        if not isinstance(timestep, Tensor) or timestep.numel() != 1:
+            return None
+        if timestep.untyped_storage().data_ptr() != self.timesteps.untyped_storage().data_ptr():
+            return None
+        return timestep.storage_offset() - self.timesteps.storage_offset()
+
+    def _is_timestep_of(self, index: int, timestep) -> bool:
+        """Whether a pipeline means step `index` by this value."""
+        viewed = self._index_in_view(timestep)
+        return self._is_near(float(timestep), self._timesteps_on_host[index]) if viewed is None else viewed == index
+
+    @staticmethod
+    def _is_near(value: float, timestep: float) -> bool:
+        """Whether a pipeline may have made the value of a timestep by casting it to bfloat16, which keeps 8 bits."""
+        return abs(value - timestep) <= 2**-8 * max(abs(value), 1e-2)
 
     def _index_of(self, timestep) -> int:
         """Index of the step to take, which the pipeline calls `timestep`."""
@@ -428,6 +464,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
                 "drop the learned variance of the output, if it has one, and pass the sample that the model saw"
             )
         if self._step_index is None:
+            if self._left_learned and not self._is_timestep_of(self._begin_index, timestep):
+                raise ValueError(COPIED_TIMESTEPS)
             self._begin(self._index_of(timestep))
         if per_token_timesteps is None:
             previous = self._executor.step(sample, model_output).to(model_output.dtype)
@@ -443,11 +481,16 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         if self._scales_input and not self._input_was_scaled and self.path.kind != "ve":
             raise ValueError(UNSCALED_INPUT)
         if index and self._schedule.lacks_history(index):
-            logger.warning(LACKS_HISTORY.format(index))
+            self._say_once(LACKS_HISTORY.format(index))
         # The history before a later start is missing, so its tail gets a table of its own.
         table = self._schedule.table(self.path, mu=self._mu, first=index) if index else self._table
         self._executor = Executor(table, self._threshold, fused)
         self._step_index = index
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     def _step_per_token(self, model_output, sample, per_token_timesteps):
         times = self.path.time(per_token_timesteps.to(sample.device).double())[..., None]
@@ -460,9 +503,34 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------ noising
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        r"""$\alpha x_0 + \sigma\varepsilon$ at the schedule's noise level for each of `timesteps`, else at the model's own."""
+        r"""$\alpha x_0 + \sigma\varepsilon$ at the schedule's noise level for each of `timesteps`, else at the model's own.
+
+        A pipeline that starts in a picture, noised to a later level than the first, is served without a learned schedule from here on, which
+        is said: what was learned is for all steps together, and may end farther from the teacher than stock if some are left out.
+        """
+        begin = self._late_start(timesteps) if self._leaves_learned else None
+        if begin:
+            self._leave_learned(begin)
         alpha, sigma = self._levels_of(timesteps, original_samples)
         return alpha * original_samples + sigma * noise
+
+    def _late_start(self, timesteps) -> int | None:
+        """The step at whose level a pipeline that has not begun is to begin, if that can be told."""
+        if self._step_index is not None:
+            return None
+        if self._begin_index is not None:
+            return self._begin_index
+        values = set(torch.as_tensor(timesteps).reshape(-1).tolist())
+        own = self._timesteps_on_host
+        return own.index(*values) if len(values) == 1 and values <= set(own) else None
+
+    def _leave_learned(self, begin: int) -> None:
+        """Begin with step `begin` as without a learned schedule. The pipeline has its view of `timesteps`, so their values change in place."""
+        self._say_once(LEAVES_LEARNED.format(begin, self.num_inference_steps))
+        self._begin_index, told = begin, self.timesteps
+        self._serve(*self._choose(None, *self._asked), told.device)
+        self.timesteps = told.copy_(self.timesteps)
+        self._leaves_learned, self._left_learned = False, True
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
         """[`add_noise`] under the name and argument order of flow schedulers."""

@@ -167,7 +167,7 @@ def test_in_a_pipeline_that_starts_late_the_whole_triangle_is_left_out_and_it_is
         ends.append(x)
     torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("learned coefficients are left out, because sampling starts at step 2,")
+    assert said.startswith("learned coefficients are left out, because sampling begins at step 2,")
     assert not replace(whole, residuals=residuals(window=1)).lacks_history(2)
 
 

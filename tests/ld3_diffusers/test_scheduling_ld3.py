@@ -268,12 +268,74 @@ def test_add_noise_before_and_during_sampling():
         return float(s.path.alpha(times[k])) * x + float(s.path.sigma(times[k])) * noise
 
     # timesteps tell the network's times; the state lives at the level of the same index
-    torch.testing.assert_close(s.add_noise(x, noise, s.timesteps[2:3].repeat(2)), level(2))
-    s.set_begin_index(1)
-    torch.testing.assert_close(s.add_noise(x, noise, s.timesteps[1:2]), level(1))
+    torch.testing.assert_close(s.add_noise(x, noise, s.timesteps[:1].repeat(2)), level(0))
+    s.set_begin_index(0)
+    torch.testing.assert_close(s.add_noise(x, noise, s.timesteps[:1]), level(0))
     # an inpainting loop asks for the next timestep right after the step
-    s.step(output, s.timesteps[1], x)
-    torch.testing.assert_close(s.add_noise(x, noise, s.timesteps[2:3]), level(2))
+    s.step(output, s.timesteps[0], x)
+    torch.testing.assert_close(s.add_noise(x, noise, s.timesteps[1:2]), level(1))
+
+
+def from_a_picture(scheduler, begin, told=True, **asked):
+    """The noised picture, the network's times and the end, as an image-to-image pipeline goes, which may tell the scheduler where it begins."""
+    x, (noise, *rest) = outputs(6)
+    scheduler.set_timesteps(5, **asked)
+    timesteps = scheduler.timesteps[begin:]
+    if told:
+        scheduler.set_begin_index(begin)
+    noised = scheduler.add_noise(x, noise, timesteps[:1].repeat(2))
+    x = noised
+    for t, output in zip(timesteps, rest):
+        x = scheduler.step(output, t, scheduler.scale_model_input(x, t)).prev_sample
+    return noised, timesteps.clone(), x
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told where it begins", "not told"])
+@pytest.mark.parametrize(
+    "config, asked",
+    [
+        ({**SD_BETAS, "timestep_spacing": "leading", "steps_offset": 1}, {}),
+        ({**FLOW, "use_dynamic_shifting": True}, {"mu": 0.7, "sigmas": np.linspace(1, 0.2, 5)}),
+        ({"noise_path": "edm", "sigma_min": 0.002, "sigma_max": 80.0}, {}),
+    ],
+    ids=["vp", "flow", "edm"],
+)
+def test_a_picture_is_gone_on_from_as_without_a_learned_schedule_and_it_is_said_once(config, asked, told, caplog):
+    learned = scheduler_with((5,), "dpmpp", 3, config=LD3Scheduler(**config).config)
+    bare = LD3Scheduler.from_config(learned.config, schedules=None)
+    for begin in (1, 3, 3):
+        expected = from_a_picture(bare, begin, told, **asked)
+        for mine, its in zip(from_a_picture(learned, begin, told, **asked), expected):
+            assert torch.equal(mine, its)
+        assert learned.schedule.spec == bare.spec and learned.step_index == 5
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.split(":")[0] for message in said] == [
+        f"sampling begins in a noised picture, at step {begin} of 5" for begin in (1, 3)
+    ]
+    # from pure noise it serves what was learned
+    learned.set_timesteps(5, **asked)
+    assert learned.schedule is learned.learned_schedules[5]
+
+
+def test_a_picture_noised_to_the_first_level_and_a_schedule_in_use_keep_what_was_learned():
+    learned = scheduler_with((5,), "dpmpp", 3)
+    schedule = learned.learned_schedules[5]
+    from_a_picture(learned, 0)
+    assert learned.schedule is schedule
+    learned.use_schedule(schedule)
+    from_a_picture(learned, 2)
+    assert learned.schedule is schedule
+
+
+def test_a_pipeline_that_has_copied_its_timesteps_is_refused_from_a_picture():
+    s = scheduler_with((5,), "dpmpp", 3)
+    x, (noise, output) = outputs(2)
+    s.set_timesteps(5)
+    copied = s.timesteps[2:].clone()
+    s.set_begin_index(2)
+    x = s.add_noise(x, noise, copied[:1])
+    with pytest.raises(ValueError, match="copied the learned schedule's timesteps; load the scheduler without"):
+        s.step(output, copied[0], x)
 
 
 def test_flow_noise_and_velocity():
