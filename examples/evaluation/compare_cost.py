@@ -5,8 +5,8 @@
 
 learns as published, to the end, and by the default recipe until its distance to the teacher, on pairs that neither learns or selects on, is no
 larger. An evaluation is that of one sample; backward counts as two, recomputation as one, and choosing the grid to start from is counted, too.
-Both learn with the same solver by the mean squared distance, with the pairs that their recipes say. Counts that are in `cost.json`, beside the
-results of the recipe's `evaluate`, are not measured again.
+Both learn with the same solver and by the same distance (`--loss`: the mean squared one, which few samples can rule, or another), with the pairs
+that their recipes say. Counts that are in `cost.json`, or `cost-<loss>.json`, beside the results of the recipe's `evaluate`, are not measured again.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from training.learner import Problem, learn, parameters_for
 from training.learner_default import DefaultLearner
 from training.learning_pairs import Part, learning_pairs
 from training.learning_problem import learning_problem
+from training.objectives import make_distance
 from training.report import write_whole
 from training.train_ld3 import starting_points
 
@@ -65,7 +66,8 @@ def problem_of(options: list[str]):
     first = valid.first - UNSEEN
     if first < len(train):
         raise ValueError(f"the teacher set is too small to leave {UNSEEN} pairs unseen; make a larger one")
-    with learning_problem(args, train, valid, accelerator) as problem:
+    distance = make_distance(args.loss, args.loss_space)
+    with learning_problem(args, train, valid, accelerator, distance=distance) as problem:
         yield args, learning_arguments.recipe_of(args), problem, Part(train.whole, first, UNSEEN)
 
 
@@ -130,19 +132,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="training/recipes/fashion-flux.yaml", help="recipe (default: %(default)s)")
     parser.add_argument("--nfe", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], help="default: 3 4 5 6 8 10")
+    parser.add_argument("--loss", choices=["l1", "l2", "huber"], default="l2", help="default: %(default)s")
     args = parser.parse_args(argv)
     recipe, config = read_recipe(args.config), ["--config", args.config]
     stock = LD3Scheduler.load_config(recipe["common"]["pretrained_model_name_or_path"], subfolder="scheduler")
     of_published = compare_generalised.published(Path(args.config).parent, is_preconditioned(stock))
     learned, folder = recipe["train_ld3"], Path(recipe["evaluate"]["output_dir"])
-    shared = ["--solver", learned["solver"], "--solver_order", str(learned["solver_order"]), "--loss", "l2"]
+    shared = ["--solver", learned["solver"], "--solver_order", str(learned["solver_order"]), "--loss", args.loss]
     shared += ["--output_dir", learned["output_dir"] + "-cost"]
     options = {
         "published": [*config, *of_published, *shared],
         "default": [*config, *shared],
     }
     make_teacher_set.main(config)
-    file = folder / "cost.json"
+    name = "cost" if args.loss == "l2" else f"cost-{args.loss}"
+    file = folder / f"{name}.json"
     rows = {row["nfe"]: row for row in json.loads(file.read_text())} if file.is_file() else {}
     for nfe in args.nfe:
         if nfe not in rows:
@@ -150,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             content = json.dumps([rows[count] for count in sorted(rows)], indent=1)
             write_whole(file, lambda out, content=content: out.write_text(content))
     text = table([rows[count] for count in sorted(rows)])
-    write_whole(folder / "cost.md", lambda out: out.write_text(text))
+    write_whole(folder / f"{name}.md", lambda out: out.write_text(text))
     print(text)
 
 
