@@ -15,8 +15,8 @@ from tests.tiny_pipelines import PIPELINES
 
 NFE = 5
 # Evaluations that a truncating pipeline skips at strength 0.8, or denoising_end 0.7.
-FROM_A_PICTURE = ("sd_img2img", "sd_inpaint", "sdxl_img2img", "flux_img2img", "wan_video_to_video")
-FIRST = dict.fromkeys(FROM_A_PICTURE, 1)
+FROM_A_PICTURE = ("sd_img2img", "sd_inpaint", "sdxl_img2img", "flux_img2img")
+FIRST = dict.fromkeys((*FROM_A_PICTURE, "wan_video_to_video"), 1)
 # Networks that are told something else than the timestep: t / 1000, 1 - t / 1000, or one time a token.
 TOLD = {"flux": 1e-3, "flux_img2img": 1e-3, "qwen_image": 1e-3}
 SHIFT_TERMINAL = ("ltx", "qwen_image")

@@ -303,13 +303,14 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             ValueError: for a count without a learned schedule, a custom grid beside a learned one, or a missing mu.
         """
         nfe, timesteps, sigmas = requested(num_inference_steps, timesteps, sigmas)
-        self._asked = nfe, timesteps, sigmas, mu
         learned = self._override
         if learned is None and (self.learned_schedule(nfe) is not None or self.config.discretization is None):
             learned = learned_schedule(self._schedules, self._curve, nfe, self.path, self.config.interpolate)
+        asked = nfe, timesteps, sigmas, mu
+        self._serve(*self._choose(learned, *asked), device)
+        self._asked = asked
         self._leaves_learned = learned is not None and learned is not self._override and learned.stages is None
         self._left_learned = False
-        self._serve(*self._choose(learned, *self._asked), device)
         self._start_was_scaled = self._input_was_scaled = False
         self._step_index = self._begin_index = None
 
@@ -404,7 +405,10 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
     def _is_timestep_of(self, index: int, timestep) -> bool:
         """Whether a pipeline means step `index` by this value."""
         viewed = self._index_in_view(timestep)
-        return self._is_near(float(timestep), self._timesteps_on_host[index]) if viewed is None else viewed == index
+        if viewed is not None:
+            return viewed == index
+        value = float(torch.as_tensor(timestep).reshape(-1)[0])
+        return self._is_near(value, self._timesteps_on_host[index])
 
     @staticmethod
     def _is_near(value: float, timestep: float) -> bool:
@@ -463,10 +467,11 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
                 f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} differ in shape; "
                 "drop the learned variance of the output, if it has one, and pass the sample that the model saw"
             )
+        index = self._index_of(timestep)
+        if self._left_learned and index < len(self._table) and not self._is_timestep_of(index, timestep):
+            raise ValueError(COPIED_TIMESTEPS)
         if self._step_index is None:
-            if self._left_learned and not self._is_timestep_of(self._begin_index, timestep):
-                raise ValueError(COPIED_TIMESTEPS)
-            self._begin(self._index_of(timestep))
+            self._begin(index)
         if per_token_timesteps is None:
             previous = self._executor.step(sample, model_output).to(model_output.dtype)
         else:
@@ -505,30 +510,20 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         r"""$\alpha x_0 + \sigma\varepsilon$ at the schedule's noise level for each of `timesteps`, else at the model's own.
 
-        A pipeline that starts in a picture, noised to a later level than the first, is served without a learned schedule from here on, which
-        is said: what was learned is for all steps together, and may end farther from the teacher than stock if some are left out.
+        A pipeline that is to begin (`set_begin_index`) in a picture noised to a later level than the first is served without a learned schedule
+        from here on, which is said: what was learned is for all steps together, and may end farther from the teacher than stock if some are
+        left out.
         """
-        begin = self._late_start(timesteps) if self._leaves_learned else None
-        if begin:
-            self._leave_learned(begin)
+        if self._begin_index and self._step_index is None and self._leaves_learned:
+            self._leave_learned()
         alpha, sigma = self._levels_of(timesteps, original_samples)
         return alpha * original_samples + sigma * noise
 
-    def _late_start(self, timesteps) -> int | None:
-        """The step at whose level a pipeline that has not begun is to begin, if that can be told."""
-        if self._step_index is not None:
-            return None
-        if self._begin_index is not None:
-            return self._begin_index
-        values = set(torch.as_tensor(timesteps).reshape(-1).tolist())
-        own = self._timesteps_on_host
-        return own.index(*values) if len(values) == 1 and values <= set(own) else None
-
-    def _leave_learned(self, begin: int) -> None:
-        """Begin with step `begin` as without a learned schedule. The pipeline has its view of `timesteps`, so their values change in place."""
-        self._say_once(LEAVES_LEARNED.format(begin, self.num_inference_steps))
-        self._begin_index, told = begin, self.timesteps
-        self._serve(*self._choose(None, *self._asked), told.device)
+    def _leave_learned(self) -> None:
+        """Go on as without a learned schedule. The pipeline has its view of `timesteps` already, so their values change in place."""
+        told, chosen = self.timesteps, self._choose(None, *self._asked)
+        self._say_once(LEAVES_LEARNED.format(self._begin_index, self.num_inference_steps))
+        self._serve(*chosen, told.device)
         self.timesteps = told.copy_(self.timesteps)
         self._leaves_learned, self._left_learned = False, True
 

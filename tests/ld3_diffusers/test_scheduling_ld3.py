@@ -276,13 +276,12 @@ def test_add_noise_before_and_during_sampling():
     torch.testing.assert_close(s.add_noise(x, noise, s.timesteps[1:2]), level(1))
 
 
-def from_a_picture(scheduler, begin, told=True, **asked):
-    """The noised picture, the network's times and the end, as an image-to-image pipeline goes, which may tell the scheduler where it begins."""
+def from_a_picture(scheduler, begin, **asked):
+    """The noised picture, the network's times and the end, as an image-to-image pipeline goes."""
     x, (noise, *rest) = outputs(6)
     scheduler.set_timesteps(5, **asked)
     timesteps = scheduler.timesteps[begin:]
-    if told:
-        scheduler.set_begin_index(begin)
+    scheduler.set_begin_index(begin)
     noised = scheduler.add_noise(x, noise, timesteps[:1].repeat(2))
     x = noised
     for t, output in zip(timesteps, rest):
@@ -290,7 +289,6 @@ def from_a_picture(scheduler, begin, told=True, **asked):
     return noised, timesteps.clone(), x
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["told where it begins", "not told"])
 @pytest.mark.parametrize(
     "config, asked",
     [
@@ -300,12 +298,12 @@ def from_a_picture(scheduler, begin, told=True, **asked):
     ],
     ids=["vp", "flow", "edm"],
 )
-def test_a_picture_is_gone_on_from_as_without_a_learned_schedule_and_it_is_said_once(config, asked, told, caplog):
+def test_a_picture_is_gone_on_from_as_without_a_learned_schedule_and_it_is_said_once(config, asked, caplog):
     learned = scheduler_with((5,), "dpmpp", 3, config=LD3Scheduler(**config).config)
     bare = LD3Scheduler.from_config(learned.config, schedules=None)
     for begin in (1, 3, 3):
-        expected = from_a_picture(bare, begin, told, **asked)
-        for mine, its in zip(from_a_picture(learned, begin, told, **asked), expected):
+        expected = from_a_picture(bare, begin, **asked)
+        for mine, its in zip(from_a_picture(learned, begin, **asked), expected):
             assert torch.equal(mine, its)
         assert learned.schedule.spec == bare.spec and learned.step_index == 5
     said = [record.getMessage() for record in caplog.records]
@@ -327,15 +325,34 @@ def test_a_picture_noised_to_the_first_level_and_a_schedule_in_use_keep_what_was
     assert learned.schedule is schedule
 
 
-def test_a_pipeline_that_has_copied_its_timesteps_is_refused_from_a_picture():
+@pytest.mark.parametrize("first_is_right", [False, True])
+def test_a_pipeline_that_has_copied_its_timesteps_is_refused_from_a_picture(first_is_right):
     s = scheduler_with((5,), "dpmpp", 3)
     x, (noise, output) = outputs(2)
     s.set_timesteps(5)
     copied = s.timesteps[2:].clone()
     s.set_begin_index(2)
     x = s.add_noise(x, noise, copied[:1])
+    if first_is_right:
+        copied[0] = s.timesteps[2]
+        x = s.step(output, copied[:1].repeat(2), x).prev_sample
     with pytest.raises(ValueError, match="copied the learned schedule's timesteps; load the scheduler without"):
-        s.step(output, copied[0], x)
+        s.step(output, copied[int(first_is_right)], x)
+
+
+def test_noise_that_begins_nowhere_or_a_refused_count_leave_what_was_learned():
+    s = scheduler_with((5,), "dpmpp", 3)
+    x, (noise,) = outputs(1)
+    s.set_timesteps(5)
+    learned = s.timesteps.clone()
+    with pytest.raises(ValueError, match="num_inference_steps = 5"):
+        s.set_timesteps(4)
+    for t in s.timesteps:  # previews, not a start
+        s.add_noise(x, noise, t[None])
+    assert torch.equal(s.timesteps, learned) and s.schedule is s.learned_schedules[5] and s.begin_index is None
+    s.set_begin_index(2)
+    s.add_noise(x, noise, s.timesteps[2:3])
+    assert s.schedule.spec == s.spec and not torch.equal(s.timesteps, learned)
 
 
 def test_flow_noise_and_velocity():
