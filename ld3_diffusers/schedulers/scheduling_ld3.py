@@ -41,8 +41,8 @@ UNSCALED_START = (
 
 
 LEAVES_LEARNED = (
-    "sampling begins in a noised picture, at step {} of {}: what was learned is for all steps together, so this call goes by the stock "
-    "spacing and the solver's own coefficients"
+    "sampling begins in a noised picture, at step {} of {}: what was learned is for all steps together, so this call goes as without "
+    "a learned schedule, by the spacing and the solver of the config"
 )
 
 
@@ -53,7 +53,7 @@ LACKS_HISTORY = (
 
 
 COPIED_TIMESTEPS = (
-    "image to image goes by the stock spacing, but this pipeline has copied the learned schedule's timesteps; load the scheduler without "
+    "from a picture sampling goes as without a learned schedule, but this pipeline has copied the learned schedule's timesteps; load the scheduler without "
     "learned schedules, LD3Scheduler.from_config(config, schedules=None)"
 )
 
@@ -458,7 +458,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             generator: ignored; the ODE draws no noise.
 
         Raises:
-            ValueError: before set_timesteps, past the end, or if the two tensors differ in shape.
+            ValueError: before set_timesteps, past the end, if the two tensors differ in shape, or if the learned schedule was left (see
+                [`add_noise`]) and `timestep` is still one of its own.
         """
         if self._table is None:
             raise ValueError("call set_timesteps before step")
