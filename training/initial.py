@@ -15,7 +15,7 @@ from ld3_diffusers.noise_path import NoisePath
 from ld3_diffusers.schedule import Schedule, SolverSpec
 from ld3_diffusers.schedule_curve import ScheduleCurve
 
-from .learner import Problem, geometric_mean
+from .learner import Problem, mean_of_means
 
 
 VP_GRIDS = ("logsnr", "time_uniform", "time_quadratic", "polynomial", "edm")
@@ -151,10 +151,8 @@ def grid_search(
     """Mean loss of each schedule on the first `count` (all) training ("train") or validation ("valid") pairs, best first; not finite ones
     last."""
     judges = getattr(problem, pairs)
-    count = len(judges) if count is None else min(count, len(judges))
-    losses = {
-        name: problem.mean_loss(schedule, judges, batch_size, count=count) for name, schedule in schedules.items()
-    }
+    options = {"batch_size": batch_size, "indices": range(len(judges))[:count]}
+    losses = {name: problem.mean_loss(schedule, judges, **options) for name, schedule in schedules.items()}
     order = sorted(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
     return {name: losses[name] for name in order}
 
@@ -162,18 +160,21 @@ def grid_search(
 def best_grid(problem: Problem, grids: Mapping[str, Sequence[Schedule]], batch_size: int | None = None) -> str:
     """The name of the best grid on training pairs, by the geometric mean over its schedules (for one count, or several) of the losses.
 
-    Found by successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): each time the better half is tried on twice as many pairs.
+    Found by successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): each time the better half is tried on as many pairs more.
 
     Raises:
         ValueError: if none has a finite loss.
     """
+    losses = {name: torch.empty(len(schedules), 0, dtype=torch.float64) for name, schedules in grids.items()}
     left, count = list(grids), FIRST_PAIRS
     while True:
-        options = {"batch_size": batch_size, "count": min(count, len(problem.train))}
-        means = {
-            name: geometric_mean([problem.mean_loss(each, problem.train, **options) for each in grids[name]])
-            for name in left
-        }
+        for name in left:
+            known = losses[name].shape[1]
+            if more := range(known, min(count, len(problem.train))):
+                options = {"batch_size": batch_size, "indices": more}
+                new = [problem.each_loss(each, problem.train, **options) for each in grids[name]]
+                losses[name] = torch.cat([losses[name], torch.stack(new)], 1)
+        means = {name: mean_of_means(losses[name]) for name in left}
         finite = [name for name in left if math.isfinite(means[name])]
         if not finite:
             raise ValueError("no hand-made grid has a finite loss; use another solver or more evaluations")

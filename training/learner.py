@@ -120,11 +120,11 @@ class Problem:
         pairs: Pairs,
         batch_size: int | None = None,
         *,
-        count: int | None = None,
+        indices: Sequence[int] | None = None,
         moved: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
-        """Losses of the first `count` pairs (all), `batch_size` (all) at once, from their own or from moved noises."""
-        parts = split(range(len(pairs) if count is None else count), batch_size)
+        """Losses of pairs `indices` (all), `batch_size` (all) at once, from their own or from moved noises."""
+        parts = split(range(len(pairs)) if indices is None else indices, batch_size)
         return torch.cat(self.share(parts, lambda part: self.losses_of(schedule, pairs, part, moved or {})))
 
     def mean_loss(self, schedule: Schedule, pairs: Pairs, batch_size: int | None = None, **options) -> float:
@@ -137,6 +137,11 @@ def geometric_mean(losses: Sequence[float]) -> float:
     if len(losses) == 1:
         return losses[0]
     return math.exp(sum(math.log(max(loss, SMALLEST_LOSS)) for loss in losses) / len(losses))
+
+
+def mean_of_means(losses: Tensor) -> float:
+    """(schedules, pairs) -> the geometric mean over schedules of the means over pairs."""
+    return geometric_mean(losses.mean(1).tolist())
 
 
 @dataclass

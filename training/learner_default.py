@@ -24,7 +24,7 @@ from ld3_diffusers.schedule import Schedule
 from ld3_diffusers.schedule_curve import ScheduleCurve
 
 from .curve_parameters import CurveParameters
-from .learner import SMALLEST_LOSS, Problem, geometric_mean, split
+from .learner import SMALLEST_LOSS, Problem, geometric_mean, mean_of_means, split
 from .parameters import GapParameters
 from .recipe import DefaultRecipe
 from .sensitivity import coordinates, evaluates_alone, sensitivities, whole_table
@@ -127,8 +127,8 @@ class DefaultLearner:
 
     def _held_out_losses(self, held_out: Sequence[int]) -> Tensor:
         """(schedules, pairs); infinite where the parameters make no schedule."""
-        problem, several, count = self.problem, self.several, len(held_out)
-        infinite = torch.full((several, count), math.inf, dtype=torch.float64)
+        problem = self.problem
+        infinite = torch.full((self.several, len(held_out)), math.inf, dtype=torch.float64)
         try:
             schedules = self._schedules()
             for schedule in schedules:
@@ -136,7 +136,7 @@ class DefaultLearner:
                 schedule.table(problem.path)
         except ValueError:
             return infinite
-        losses = [problem.each_loss(each, problem.valid, self.pass_size, count=count) for each in schedules]
+        losses = [problem.each_loss(each, problem.valid, self.pass_size, indices=held_out) for each in schedules]
         return torch.stack(losses) if all(bool(each.isfinite().all()) for each in losses) else infinite
 
     def _linearised(self, pairs: Sequence[int], directions: int) -> tuple[float, Tensor, Tensor]:
@@ -214,11 +214,6 @@ class DefaultLearner:
         self.parameters.load_state_dict(state["parameters"])
         self.done, self.stopped, self.scale = state["done"], state["stopped"], state["scale"]
         self.damping, self.alone = state["damping"], state["alone"]
-
-
-def mean_of_means(losses: Tensor) -> float:
-    """(schedules, pairs) -> the geometric mean over schedules of the means over pairs."""
-    return geometric_mean(losses.mean(1).tolist())
 
 
 def surely_better(losses: Tensor, before: Tensor) -> bool:
