@@ -28,6 +28,7 @@ from .learned import (
 )
 from .stock_config import logit_shift, make_noise_path, refuse_grid_flags, stock_overrides
 from .thresholding import check_bounds_data, make_threshold
+from .timestep_lookup import TimestepLookup
 from .unlearned import refuse_custom_grids, requested, unlearned_schedule
 
 
@@ -280,8 +281,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------ times
 
     def _tell(self, timesteps: Tensor, device=None) -> None:
-        self.timesteps = timesteps.to(device=device, dtype=torch.float32)
-        self._timesteps_on_host = timesteps.detach().float().tolist()
+        self._lookup = TimestepLookup(timesteps, device)
+        self.timesteps = self._lookup.timesteps
 
     def set_timesteps(
         self,
@@ -383,44 +384,14 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if no timestep of the schedule is near.
         """
-        index = self._index_in_view(timestep)
-        if index is not None:
-            return index
-        value = float(timestep)
-        index, nearest = min(enumerate(self._timesteps_on_host), key=lambda pair: abs(pair[1] - value))
-        if not self._is_near(value, nearest):
-            raise ValueError(
-                f"{value:g} is none of this schedule's timesteps; pass an element of `scheduler.timesteps`"
-            )
-        return index
-
-    def _index_in_view(self, timestep) -> int | None:
-        """Where a view of one of `timesteps` lies in it, which costs no transfer; None for other values."""
-        if not isinstance(timestep, Tensor) or timestep.numel() != 1:
-            return None
-        if timestep.untyped_storage().data_ptr() != self.timesteps.untyped_storage().data_ptr():
-            return None
-        return timestep.storage_offset() - self.timesteps.storage_offset()
-
-    def _is_timestep_of(self, index: int, timestep) -> bool:
-        """Whether a pipeline means step `index` by this value."""
-        viewed = self._index_in_view(timestep)
-        if viewed is not None:
-            return viewed == index
-        value = float(torch.as_tensor(timestep).reshape(-1)[0])
-        return self._is_near(value, self._timesteps_on_host[index])
-
-    @staticmethod
-    def _is_near(value: float, timestep: float) -> bool:
-        """Whether a pipeline may have made the value of a timestep by casting it to bfloat16, which keeps 8 bits."""
-        return abs(value - timestep) <= 2**-8 * max(abs(value), 1e-2)
+        return self._lookup.index(timestep)
 
     def _index_of(self, timestep) -> int:
         """Index of the step to take, which the pipeline calls `timestep`."""
         for index in (self._step_index, self._begin_index):
             if index is not None:
                 return index
-        return self.index_for_timestep(timestep)
+        return self._lookup.index(timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Times c_in on variance-exploding paths, and at AMED's stages as if at the level that the network is told; else unchanged.
@@ -469,7 +440,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
                 "drop the learned variance of the output, if it has one, and pass the sample that the model saw"
             )
         index = self._index_of(timestep)
-        if self._left_learned and index < len(self._table) and not self._is_timestep_of(index, timestep):
+        if self._left_learned and index < len(self._table) and not self._lookup.means(timestep, index):
             raise ValueError(COPIED_TIMESTEPS)
         if self._step_index is None:
             self._begin(index)
@@ -525,7 +496,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         told, chosen = self.timesteps, self._choose(None, *self._asked)
         self._say_once(LEAVES_LEARNED.format(self._begin_index, self.num_inference_steps))
         self._serve(*chosen, told.device)
-        self.timesteps = told.copy_(self.timesteps)
+        self.timesteps = self._lookup.timesteps = told.copy_(self.timesteps)
         self._leaves_learned, self._left_learned = False, True
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -551,8 +522,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
 
     def _time_of(self, timestep: float) -> Tensor:
         """The noise level of a timestep of the schedule, else of the model."""
-        if self._table is not None and timestep in self._timesteps_on_host:
-            return self._table.times[self._timesteps_on_host.index(timestep)].detach()
+        if self._table is not None and timestep in self._lookup.values:
+            return self._table.times[self._lookup.values.index(timestep)].detach()
         return self.path.time(float64(timestep))
 
     def __len__(self) -> int:
