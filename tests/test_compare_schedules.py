@@ -152,10 +152,12 @@ def test_costs_parts_and_robustness_are_measured(script, tmp_path, monkeypatch, 
 
     cost.main([*config, "--loss", "huber"])
     [row] = json.loads((tmp_path / "evaluation" / "cost-huber.json").read_text())
-    default, published = row["default"], row["published"]
-    assert default["reached"] and default["loss"] <= published["loss"]
+    published, reached, end = row["published"], row["default_reaches"], row["default_ends"]
+    assert reached["loss"] <= published["loss"] and reached["iterations"] <= end["iterations"] <= 6
+    assert all(1 / 4 <= each["share_of_farthest"] <= 1 for each in (published, reached, end))
     # 12 grids from 8 pairs, then at most 6 iterations of 8 pairs at 22 evaluations, and six tries of 4 pairs.
-    assert 0 < default["evaluations"] <= 3 * 8 * 20 + 6 * (8 * 22 + 8 * 3 * 4) and default["seconds"] > 0
+    assert 0 < reached["evaluations"] <= end["evaluations"] <= 3 * 8 * 20 + 6 * (8 * 22 + 8 * 3 * 4)
+    assert 0 < reached["seconds"] <= end["seconds"]
     # Backward counts as two and recomputation as one: at least two epochs of 4 pairs.
     assert published["evaluations"] >= 2 * 4 * 3 * 4
 

@@ -8,8 +8,8 @@ $$ (H + \mu S)\,\delta = -g, \qquad H = \sum J^\top W J, \quad g = \sum J^\top W
 
 over some pairs for several dampings $\mu$, S being the largest diagonal of H so far (Moré 1978, doi:10.1007/BFb0067700), and takes the step that is best on held-out pairs, if it is better than none there. J comes from finite
 differences of the network (`sensitivity`) and the derivatives of the step table by $\theta$, from autograd in float64. These few dozen parameters differ by orders of magnitude in what they move, and neighbouring
-coefficients do nearly the same: what first order methods take hundreds of iterations for, a handful does. The first iterations go by few pairs
-and few directions, which suffice while the way is long. Where evaluations do not stand alone (feature caching, pipelines that draw their own noise),
+coefficients do nearly the same: what first order methods take hundreds of iterations for, a handful does. The first iterations go by few pairs,
+which suffice while the way is long, and all by few directions, until a step along them is no better. Where evaluations do not stand alone (feature caching, pipelines that draw their own noise),
 J comes from whole runs, one a parameter. Against the other recipes: `tests/benchmarks/compare_recipes.py`.
 """
 
@@ -62,6 +62,7 @@ class DefaultLearner:
         self.done, self.stopped = 0, False
         self.scale = torch.zeros_like(parameters.vector())
         self.damping = 0  # a power of ten
+        self.directions = recipe.directions
         self.alone: bool | None = None  # see `evaluates_alone`
 
     def start(self, initial_loss: float) -> None:
@@ -82,9 +83,8 @@ class DefaultLearner:
             noise, _, conditioning = problem.train.batch([0], problem.device)
             self.alone = evaluates_alone(problem.rollout, self._schedules()[0], noise, conditioning)
         pairs = range(min(self.recipe.first_pairs * 2**self.done, len(problem.train)))
-        directions = self.recipe.first_directions * 2**self.done
         held_out = range(min(max(len(pairs), FEWEST_HELD_OUT), len(problem.valid)))
-        loss, gradient, hessian = self._linearised(pairs, directions)
+        loss, gradient, hessian = self._linearised(pairs)
         # A direction that has ceased to move anything is not free to go anywhere.
         self.scale = torch.maximum(self.scale, hessian.diagonal())
         before, losses_before = self.parameters.vector(), self._held_out_losses(held_out)
@@ -113,14 +113,18 @@ class DefaultLearner:
         self.damping = self.damping if taken is None else taken
         self.parameters.set_vector(chosen)
         self.done += 1
-        exhausted = len(pairs) == len(problem.train) and (directions >= len(before) or not self.alone)
-        self.stopped = exhausted and not surely_better(losses, losses_before)
-        return {
+        report = {
             "loss": loss,
             "valid_loss": mean_of_means(losses),
             "damping": 0.0 if taken is None else 10.0**taken,
             "pairs": len(pairs),
+            "directions": self.directions,
         }
+        if len(pairs) == len(problem.train) and not surely_better(losses, losses_before):
+            # Along few directions this may be their fault.
+            self.stopped = self.directions >= len(before) or not self.alone
+            self.directions *= 2
+        return report
 
     def _schedules(self) -> list[Schedule]:
         return [schedule.detach() for schedule in self.parameters.schedules()]
@@ -139,7 +143,7 @@ class DefaultLearner:
         losses = [problem.each_loss(each, problem.valid, self.pass_size, indices=held_out) for each in schedules]
         return torch.stack(losses) if all(bool(each.isfinite().all()) for each in losses) else infinite
 
-    def _linearised(self, pairs: Sequence[int], directions: int) -> tuple[float, Tensor, Tensor]:
+    def _linearised(self, pairs: Sequence[int]) -> tuple[float, Tensor, Tensor]:
         """Mean loss over the pairs, its gradient, and the Gauss-Newton approximation of its second derivatives; of several schedules the
         geometric mean of the losses, and derivatives of its logarithm."""
         count, several = len(self.parameters.vector()), self.several
@@ -148,9 +152,7 @@ class DefaultLearner:
             parts = split(pairs, self.pass_size)
             # The same for all parts: a sharded network must be called equally often by all processes.
             at_once = self.pass_size // len(parts[0])
-            results = self.problem.share(
-                parts, lambda part, which=which: self._linearise(which, part, directions, at_once)
-            )
+            results = self.problem.share(parts, lambda part, which=which: self._linearise(which, part, at_once))
             packed = sum(results[1:], results[0]) / len(pairs)
             losses.append(float(packed[0]))
             total += packed[1:] / (max(losses[-1], SMALLEST_LOSS) * several if several > 1 else 1)
@@ -161,14 +163,14 @@ class DefaultLearner:
         gradient, hessian = total.split([count, count * count])
         return geometric_mean(losses), gradient, hessian.view(count, count)
 
-    def _linearise(self, which: int, indices: Sequence[int], directions: int, at_once: int) -> Tensor:
+    def _linearise(self, which: int, indices: Sequence[int], at_once: int) -> Tensor:
         """Of a schedule and a micro-batch: sums of its losses, gradients and second derivatives in one float64 vector."""
         problem = self.problem
         noise, target, conditioning = problem.train.batch(list(indices), problem.device)
         if self.alone:
             schedule, by_parameters = self._schedules()[which], self._table_by_parameters(which)
             end, jacobian = sensitivities(
-                problem.rollout, schedule, problem.path, noise, conditioning, by_parameters, directions, at_once
+                problem.rollout, schedule, problem.path, noise, conditioning, by_parameters, self.directions, at_once
             )
         else:
             end, jacobian = self._by_whole_runs(which, noise, conditioning)
@@ -207,13 +209,14 @@ class DefaultLearner:
             "stopped": self.stopped,
             "scale": self.scale,
             "damping": self.damping,
+            "directions": self.directions,
             "alone": self.alone,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parameters.load_state_dict(state["parameters"])
         self.done, self.stopped, self.scale = state["done"], state["stopped"], state["scale"]
-        self.damping, self.alone = state["damping"], state["alone"]
+        self.damping, self.directions, self.alone = state["damping"], state["directions"], state["alone"]
 
 
 def surely_better(losses: Tensor, before: Tensor) -> bool:

@@ -79,8 +79,8 @@ class DefaultRecipe:
         learn, last_level, coefficient_window: see [`GapParameters`].
         max_steps: iterations; fewer, when none of the steps from all pairs is better on held-out ones.
         first_pairs: pairs of the first iteration; each later one takes twice as many, up to all.
-        first_directions: of each state, along which the network is differenced (see `sensitivity`) in the first iteration; each later one
-            takes twice as many.
+        directions: of each state, along which the network is differenced (see `sensitivity`); twice as many from where a step from all
+            pairs is not surely better.
         micro_batch_size: see [`AdamRecipe`].
     """
 
@@ -90,12 +90,12 @@ class DefaultRecipe:
     coefficient_window: int | None = None
     max_steps: int = 6
     first_pairs: int = 16
-    first_directions: int = 4
+    directions: int = 8
     micro_batch_size: int | None = 32
 
     def __post_init__(self):
         object.__setattr__(self, "learn", _learnable(self.learn))
-        _positive(self, "max_steps", "first_pairs", "first_directions", "micro_batch_size", "coefficient_window")
+        _positive(self, "max_steps", "first_pairs", "directions", "micro_batch_size", "coefficient_window")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ principal directions B of the $x_i'$ that were scaled to equal length. Of a rema
 $$ J r \approx B (J B)^\top r + (b^\top J b) \, r, $$
 
 for the Jacobian of a posterior mean is symmetric; b is the last direction. Derivatives by $\tau$, which are less linear, come from two other times, through a
-parabola. For N evaluations this takes at most $N + d (N - 1) + 2 N$ a sample, the unchanged run included (31 at N = 5 and d = 4, where one gradient by
+parabola. For N evaluations this takes at most $N + d (N - 1) + 2 N$ a sample, the unchanged run included (47 at N = 5 and d = 8, where one gradient by
 backpropagation with recomputation takes 20).
 
 No graph is kept and no network differentiated: pipelines may be quantised, compiled or offloaded. States and their derivatives are

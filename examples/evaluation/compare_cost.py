@@ -3,21 +3,24 @@
 
     PYTHONPATH=. python examples/evaluation/compare_cost.py --config training/recipes/fashion-flux.yaml
 
-learns as published, to the end, and by the default recipe until its distance to the teacher, on pairs that neither learns or selects on, is no
-larger. An evaluation is that of one sample; backward counts as two, recomputation as one, and choosing the grid to start from is counted, too.
-Both learn with the same solver and by the same distance (`--loss`: the mean squared one, which few samples can rule, or another), with the pairs
-that their recipes say. Counts that are in `cost.json`, or `cost-<loss>.json`, beside the results of the recipe's `evaluate`, are not measured again.
+learns as published and by the default recipe, as the file says, and looks after which iteration of the latter the distance to the teacher, on pairs
+that neither learns or selects on, is no larger than where the former ends, and where it ends itself. An evaluation is that of one sample; backward
+counts as two, recomputation as one, and choosing the grid to start from is counted, too. Both learn with the same solver, with the pairs that their
+recipes say. The distance is `--loss`, by which the published recipe also learns: the mean square, or one that few samples do not rule; the farthest
+sample's share of the mean is told. Counts that are in `cost.json`, or `cost-<loss>.json`, beside the results of the recipe's `evaluate`, are not
+measured again.
 """
 
 import argparse
 import json
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import compare_generalised
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ld3_diffusers import LD3Scheduler
@@ -28,7 +31,7 @@ from training.learner import Problem, learn, parameters_for
 from training.learner_default import DefaultLearner
 from training.learning_pairs import Part, learning_pairs
 from training.learning_problem import learning_problem
-from training.objectives import make_distance
+from training.objectives import Objective, make_distance
 from training.report import write_whole
 from training.train_ld3 import starting_points
 
@@ -71,8 +74,8 @@ def problem_of(options: list[str]):
         yield args, learning_arguments.recipe_of(args), problem, Part(train.whole, first, UNSEEN)
 
 
-def as_published(options: list[str], nfe: int) -> tuple[float, Cost]:
-    """The loss at its end, and what it cost to get there."""
+def as_published(options: list[str], nfe: int) -> tuple[Tensor, Cost]:
+    """The losses of unseen pairs at its end, and what it cost to get there."""
     cost = Cost()
     with problem_of([*options, "--nfe", str(nfe)]) as (args, recipe, problem, unseen):
         solver = learning_arguments.solver_of(args)
@@ -81,51 +84,67 @@ def as_published(options: list[str], nfe: int) -> tuple[float, Cost]:
         with counted(problem, cost), tqdm(total=steps, desc=f"published, {nfe} evaluations", unit="step") as progress:
             pairs = problem.rollout, problem.train, problem.valid
             result = learn(*pairs, initial, recipe, path=problem.path, callback=lambda *_: progress.update())
-        return problem.mean_loss(result.schedule, unseen, 32), cost
+        return problem.each_loss(result.schedule, unseen, 32), cost
 
 
-def by_default(options: list[str], nfe: int, loss: float) -> tuple[float, Cost, int]:
-    """The loss of the first iteration that ends no farther from the teacher than `loss`, or of the last; its cost and its number."""
-    cost, done = Cost(), 0
+def by_default(options: list[str], nfe: int, judge: Objective, loss: float) -> tuple[dict | None, dict]:
+    """State of learning when it is first no farther from the teacher than `loss` by `judge`, if ever, and at its end."""
+    cost, reached = Cost(), None
     with problem_of([*options, "--nfe", str(nfe)]) as (args, recipe, problem, unseen):
         with counted(problem, cost):
             solver = learning_arguments.solver_of(args)
             _, _, initial = starting_points(args, [nfe], recipe, solver, problem)[nfe]
             learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, problem.path))
-        found = problem.mean_loss(initial, unseen, 32)
-        while found > loss and not learner.finished:
-            with counted(problem, cost):
-                learner.step()
-            found, done = problem.mean_loss(learner.best_schedule(), unseen, 32), done + 1
-    return found, cost, done
+        judged = replace(problem, objective=judge)
+        with tqdm(total=recipe.max_steps, desc=f"default, {nfe} evaluations", unit="step") as progress:
+            while True:
+                losses = judged.each_loss(learner.best_schedule(), unseen, 32)
+                state = {**distance_of(losses), "iterations": learner.done, **asdict(cost)}
+                if reached is None and state["loss"] <= loss:
+                    reached = state
+                if learner.finished:
+                    return reached, state
+                with counted(problem, cost):
+                    learner.step()
+                progress.update()
 
 
-def measured(options: dict[str, list[str]], nfe: int) -> dict:
+def distance_of(losses: Tensor) -> dict[str, float]:
+    return {"loss": float(losses.mean()), "share_of_farthest": float(losses.max() / losses.sum())}
+
+
+def measured(options: dict[str, list[str]], nfe: int, judge: Objective) -> dict:
     """Both recipes at one number of evaluations, as JSON."""
-    loss, cost = as_published(options["published"], nfe)
-    mine, my_cost, iterations = by_default(options["default"], nfe, loss)
-    return {
-        "nfe": nfe,
-        "published": {"loss": loss, **asdict(cost)},
-        "default": {"loss": mine, "iterations": iterations, **asdict(my_cost), "reached": mine <= loss},
-    }
+    losses, cost = as_published(options["published"], nfe)
+    published = {**distance_of(losses), **asdict(cost)}
+    reached, end = by_default(options["default"], nfe, judge, published["loss"])
+    return {"nfe": nfe, "published": published, "default_reaches": reached, "default_ends": end}
 
 
 def table(rows: list[dict]) -> str:
+    of_default = "distance | iterations | evaluations (share) | seconds (share)"
     lines = [
-        "| NFE | published: distance x 1e-3 | evaluations | seconds | default: distance x 1e-3 | after iterations | evaluations | seconds | "
-        "share of the evaluations |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| NFE | published: distance x 1e-3 (farthest sample's share) | evaluations | seconds | default, there: {of_default} "
+        f"| default, at its end: {of_default} |",
+        "|" + "---|" * 12,
     ]
     for row in rows:
-        published, default = row["published"], row["default"]
-        reached = "" if default["reached"] else ": not reached"
-        lines.append(
-            f"| {row['nfe']} | {1e3 * published['loss']:.2f} | {published['evaluations']:,.0f} | {published['seconds']:.0f} "
-            f"| {1e3 * default['loss']:.2f}{reached} | {default['iterations']} | {default['evaluations']:,.0f} | {default['seconds']:.0f} "
-            f"| {default['evaluations'] / published['evaluations']:.3f} |"
-        )
+        published = row["published"]
+        cells = [distance(published), f"{published['evaluations']:,.0f}", f"{published['seconds']:.0f}"]
+        cells += cells_of(row["default_reaches"], published) + cells_of(row["default_ends"], published)
+        lines.append(f"| {row['nfe']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def cells_of(state: dict | None, published: dict) -> list[str]:
+    if state is None:
+        return ["not reached", "", "", ""]
+    costs = [f"{state[name]:,.0f} ({state[name] / published[name]:.3f})" for name in ("evaluations", "seconds")]
+    return [distance(state), str(state["iterations"]), *costs]
+
+
+def distance(state: dict) -> str:
+    return f"{1e3 * state['loss']:.2f} ({state['share_of_farthest']:.2f})"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,19 +157,17 @@ def main(argv: list[str] | None = None) -> None:
     stock = LD3Scheduler.load_config(recipe["common"]["pretrained_model_name_or_path"], subfolder="scheduler")
     of_published = compare_generalised.published(Path(args.config).parent, is_preconditioned(stock))
     learned, folder = recipe["train_ld3"], Path(recipe["evaluate"]["output_dir"])
-    shared = ["--solver", learned["solver"], "--solver_order", str(learned["solver_order"]), "--loss", args.loss]
-    shared += ["--output_dir", learned["output_dir"] + "-cost"]
-    options = {
-        "published": [*config, *of_published, *shared],
-        "default": [*config, *shared],
-    }
+    shared = [*config, "--output_dir", learned["output_dir"] + "-cost"]
+    solver = ["--solver", learned["solver"], "--solver_order", str(learned["solver_order"])]
+    options = {"published": [*shared, *of_published, *solver, "--loss", args.loss], "default": shared}
+    judge = make_distance(args.loss, "latent")
     make_teacher_set.main(config)
     name = "cost" if args.loss == "l2" else f"cost-{args.loss}"
     file = folder / f"{name}.json"
     rows = {row["nfe"]: row for row in json.loads(file.read_text())} if file.is_file() else {}
     for nfe in args.nfe:
         if nfe not in rows:
-            rows[nfe] = measured(options, nfe)
+            rows[nfe] = measured(options, nfe, judge)
             content = json.dumps([rows[count] for count in sorted(rows)], indent=1)
             write_whole(file, lambda out, content=content: out.write_text(content))
     text = table([rows[count] for count in sorted(rows)])

@@ -27,7 +27,7 @@ NOT_OF_THE_METHOD = ("loss", "loss_space", "guidance_scale")
 L2 = ["--loss", "l2", "--loss_space", "latent", "--checkpointing_steps", "25"]
 BOTH_TIMES = ["--learn", "times,network_times", "--max_train_steps", "4"]  # few numbers need few pairs
 CURVE = ["--curve", "--num_train", "64", "--first_pairs", "8"]
-REFINED = ["--first_pairs", "128", "--first_directions", "16", "--max_train_steps", "2"]
+REFINED = ["--first_pairs", "128", "--max_train_steps", "2"]
 GITS = {"GITS UniPC rescored": ("UniPC", True), "GITS iPNDM": ("iPNDM", False)}
 AMED = "AMED iPNDM"
 

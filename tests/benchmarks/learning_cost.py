@@ -77,7 +77,7 @@ def linearise(rollout: PipelineRollout, nfe: int, batch: int) -> dict[str, float
     before, numbers = rollout.evaluations.forward, torch.eye(nfe * (nfe + 2))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _, derivatives = sensitivities(
-            rollout, schedule, rollout.path, noise, conditioning, numbers, DefaultRecipe().first_directions
+            rollout, schedule, rollout.path, noise, conditioning, numbers, DefaultRecipe().directions
         )
     return {
         "forward": (rollout.evaluations.forward - before) / batch,

@@ -252,7 +252,7 @@ def learner_of(case: Case, device: str = "cpu", fake: FakeTensorMode | None = No
             recipe = DefaultRecipe()
             learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, rollout.path))
             learner.alone = True
-            compute = partial(learner._linearise, 0, directions=recipe.first_directions, at_once=1)
+            compute = partial(learner._linearise, 0, at_once=1)
         yield model, partial(compute, list(range(case.micro_batch_size)))
 
 

@@ -107,9 +107,9 @@ def test_the_damping_is_searched_from_what_was_best(mixture, best, monkeypatch):
     rollout, train, valid, _ = mixture
     initial = grid_schedule(PATH, "time_uniform", 4, DPMPP)
     problem = Problem(rollout, train, valid, PATH)
-    recipe = DefaultRecipe(first_directions=50)
+    recipe = DefaultRecipe(directions=50)
     learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, PATH))
-    _, gradient, hessian = learner._linearised(range(16), 50)
+    _, gradient, hessian = learner._linearised(range(16))
     before, tried, worst = learner.parameters.vector(), [], 0.0
 
     def losses(held_out):
@@ -123,7 +123,7 @@ def test_the_damping_is_searched_from_what_was_best(mixture, best, monkeypatch):
         return torch.full((1, len(held_out)), worst + abs(tried[-1] - best))
 
     monkeypatch.setattr(learner, "_held_out_losses", losses)
-    monkeypatch.setattr(learner, "_linearised", lambda pairs, directions: (1.0, gradient, hessian))
+    monkeypatch.setattr(learner, "_linearised", lambda pairs: (1.0, gradient, hessian))
     assert learner.step()["damping"] == 10.0**best and learner.damping == best
     assert len(tried) <= 2 + abs(best) + (best >= 0)
     learner.parameters.set_vector(before)
@@ -132,12 +132,14 @@ def test_the_damping_is_searched_from_what_was_best(mixture, best, monkeypatch):
     learner.parameters.set_vector(before)
     tried.clear()
     worst = 11.0
-    assert learner.step() == {"loss": 1.0, "valid_loss": 10.0, "damping": 0.0, "pairs": 32}
+    assert learner.step() == {"loss": 1.0, "valid_loss": 10.0, "damping": 0.0, "pairs": 32, "directions": 50}
     assert sorted(tried) == list(range(-3, 4)) and learner.damping == best and learner.stopped
-    # Along few directions this may be their fault.
-    learner.recipe = replace(recipe, first_directions=1)
+    # Along few directions this may be their fault: along all of them, it is not.
+    learner.directions = len(before) - 1
     learner.step()
-    assert not learner.stopped
+    assert not learner.stopped and learner.directions == 2 * (len(before) - 1)
+    learner.step()
+    assert learner.stopped
 
 
 def test_a_network_that_overflows_is_refused_by_a_sentence():

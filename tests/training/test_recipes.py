@@ -203,7 +203,7 @@ def learning_evaluations(args) -> int:
         evaluations = 0
         for i, n in itertools.product(range(recipe.max_steps), args.nfe):
             # Row r's state depends on the r (r + 5) / 2 numbers of the rows before.
-            along = sum(min(recipe.first_directions * 2**i, r * (r + 5) // 2) for r in range(1, n))
+            along = sum(min(recipe.directions, r * (r + 5) // 2) for r in range(1, n))
             evaluations += pairs[i] * (3 * n + along) + held_out[i] * tried * n
         return evaluations
     iterations = -(-args.num_train // recipe.batch_size)
