@@ -9,7 +9,7 @@ $$ (H + \mu S)\,\delta = -g, \qquad H = \sum J^\top W J, \quad g = \sum J^\top W
 over some pairs for several dampings $\mu$, S being the largest diagonal of H so far (Moré 1978, doi:10.1007/BFb0067700), and takes the step that is best on held-out pairs, if it is better than none there. J comes from finite
 differences of the network (`sensitivity`) and the derivatives of the step table by $\theta$, from autograd in float64. These few dozen parameters differ by orders of magnitude in what they move, and neighbouring
 coefficients do nearly the same: what first order methods take hundreds of iterations for, a handful does. The first iterations go by few pairs,
-which suffice while the way is long, and all by few directions, until a step along them is no better. Where evaluations do not stand alone (feature caching, pipelines that draw their own noise),
+which suffice while the way is long; every iteration goes by few directions, until a step from all pairs is not surely better. Where evaluations do not stand alone (feature caching, pipelines that draw their own noise),
 J comes from whole runs, one a parameter. Against the other recipes: `tests/benchmarks/compare_recipes.py`.
 """
 
@@ -27,7 +27,7 @@ from .curve_parameters import CurveParameters
 from .learner import SMALLEST_LOSS, Problem, geometric_mean, mean_of_means, split
 from .parameters import GapParameters
 from .recipe import DefaultRecipe
-from .sensitivity import coordinates, evaluates_alone, sensitivities, whole_table
+from .sensitivity import coordinates, evaluates_alone, most_directions, sensitivities, whole_table
 
 
 DAMPINGS = range(-3, 4)  # powers of ten
@@ -118,13 +118,18 @@ class DefaultLearner:
             "valid_loss": mean_of_means(losses),
             "damping": 0.0 if taken is None else 10.0**taken,
             "pairs": len(pairs),
-            "directions": self.directions,
+            **({"directions": self.directions} if self.alone else {}),
         }
         if len(pairs) == len(problem.train) and not surely_better(losses, losses_before):
-            # Along few directions this may be their fault.
-            self.stopped = self.directions >= len(before) or not self.alone
-            self.directions *= 2
+            # For want of directions, perhaps: where there are more, the next step goes along twice as many.
+            if self.alone and self.directions < self._most_directions():
+                self.directions *= 2
+            else:
+                self.stopped = True
         return report
+
+    def _most_directions(self) -> int:
+        return max(max(most_directions(self._table_by_parameters(which))) for which in range(self.several))
 
     def _schedules(self) -> list[Schedule]:
         return [schedule.detach() for schedule in self.parameters.schedules()]

@@ -175,8 +175,8 @@ class PublishedLearner:
         """Mean over the first `count` validation pairs."""
         schedule = self.parameters.schedule().detach()
         # Quirk: not from the teacher's noise but from the one that suits the student.
-        options = {"indices": range(count), "moved": self.moved["valid"]}
-        return self.problem.mean_loss(schedule, self.problem.valid, self.pass_size, **options)
+        moved = self.moved["valid"]
+        return self.problem.mean_loss(schedule, self.problem.valid, self.pass_size, indices=range(count), moved=moved)
 
     def _validate(self) -> float:
         recipe, pairs = self.recipe, self.problem.valid

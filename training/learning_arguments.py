@@ -39,7 +39,11 @@ RECIPE_ARGUMENTS = {
     ),
     # default
     "first_pairs": (None, int, "default: pairs of the first iteration; each later one takes twice as many"),
-    "directions": (None, int, "default: directions of each state along which the network is differenced"),
+    "directions": (
+        None,
+        int,
+        "default: directions of each state along which the network is differenced, until a step from all pairs fails",
+    ),
     # adam
     "lr_coefficients": ("learning_rate_coefficients", float, "adam: of the coefficients"),
     "warmup_steps": ("lr_warmup_steps", int, "adam: iterations in which the rates rise"),

@@ -77,7 +77,7 @@ class DefaultRecipe:
 
     Attributes:
         learn, last_level, coefficient_window: see [`GapParameters`].
-        max_steps: iterations; fewer, when none of the steps from all pairs is better on held-out ones.
+        max_steps: iterations; fewer, when a step from all pairs, along all directions, is not surely better on held-out ones.
         first_pairs: pairs of the first iteration; each later one takes twice as many, up to all.
         directions: of each state, along which the network is differenced (see `sensitivity`); twice as many from where a step from all
             pairs is not surely better.

@@ -13,13 +13,14 @@ principal directions B of the $x_i'$ that were scaled to equal length. Of a rema
 $$ J r \approx B (J B)^\top r + (b^\top J b) \, r, $$
 
 for the Jacobian of a posterior mean is symmetric; b is the last direction. Derivatives by $\tau$, which are less linear, come from two other times, through a
-parabola. For N evaluations this takes at most $N + d (N - 1) + 2 N$ a sample, the unchanged run included (47 at N = 5 and d = 8, where one gradient by
-backpropagation with recomputation takes 20).
+parabola. For N evaluations this takes at most $N + d (N - 1) + 2 N$ a sample, the unchanged run included (41 at N = 5 and d = 8, for few numbers precede the
+first rows, where one gradient by backpropagation with recomputation takes 20).
 
 No graph is kept and no network differentiated: pipelines may be quantised, compiled or offloaded. States and their derivatives are
 combinations of the first state, the $D_i$, $J_i b$ and $\partial D_i / \partial \tau$; those are kept, and the matrices of combination.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -100,6 +101,20 @@ class _Frame:
         return coefficients.to(self.vectors) @ self.vectors
 
 
+def most_directions(by_parameters: Tensor) -> list[int]:
+    """For each row the most directions in which parameters can move its state: numbers of the table that they move before it, or parameters."""
+    by_state, by_history, by_time = _by_rows(by_parameters)
+    of_row = by_state.any(1).long() + by_history.any(2).sum(1) + by_time.any(1)
+    return [min(by_parameters.shape[1], numbers) for numbers in [0, *of_row.cumsum(0).tolist()[:-1]]]
+
+
+def _by_rows(by_parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(coordinates, parameters) -> of a (R, parameters), of c (R, R, parameters), of network times (R, parameters)."""
+    rows = math.isqrt(len(by_parameters) + 1) - 1  # R (R + 2) coordinates
+    by_state, by_history, by_time = by_parameters.split([rows, rows * rows, rows])
+    return by_state, by_history.view(rows, rows, -1), by_time
+
+
 @torch.no_grad()
 def sensitivities(
     rollout,
@@ -116,7 +131,7 @@ def sensitivities(
     Args:
         rollout: as `PipelineRollout`, with `visit`, `output`, `rounded`, `path` and `mu`, whose evaluations stand alone.
         by_parameters: (coordinates, parameters), the derivatives of the table's [`coordinates`].
-        directions: the most along which the prediction is differenced at a step; with as many as parameters, nothing is left to approximate.
+        directions: the most along which the prediction is differenced at a step; with [`most_directions`], nothing is left to approximate.
         at_once: changed states of all these noises that go through the network together.
     """
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -127,11 +142,8 @@ def sensitivities(
     schedule = rollout.rounded(schedule)
     table = whole_table(schedule, path, rollout.mu)
     rows, skipped = len(table), int(schedule.spec.afs)
-    by_state, by_history, by_time = by_parameters.double().cpu().split([rows, rows * rows, rows])
-    by_history = by_history.view(rows, rows, -1)
-    of_row = [by_state.any(1), by_history.any(2).sum(1), by_time.any(1)]
-    moving = [0, *sum(each.long() for each in of_row).cumsum(0).tolist()]  # numbers of the table before each row
-    counts = [min(directions, by_parameters.shape[1], numbers) for numbers in moving[:rows]]
+    by_state, by_history, by_time = _by_rows(by_parameters.double().cpu())
+    counts = [min(directions, most) for most in most_directions(by_parameters)]
 
     def predicted(states: list[Tensor], time: Tensor) -> list[Tensor]:
         p, q = conversion(path, "data", schedule.prediction_type, time)

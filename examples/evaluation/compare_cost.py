@@ -70,7 +70,8 @@ def problem_of(options: list[str]):
     if first < len(train):
         raise ValueError(f"the teacher set is too small to leave {UNSEEN} pairs unseen; make a larger one")
     distance = make_distance(args.loss, args.loss_space)
-    with learning_problem(args, train, valid, accelerator, distance=distance) as problem:
+    options = {"distance": distance, "loss_space": args.loss_space}
+    with learning_problem(args, train, valid, accelerator, **options) as problem:
         yield args, learning_arguments.recipe_of(args), problem, Part(train.whole, first, UNSEEN)
 
 

@@ -234,7 +234,7 @@ class AMEDScheduler(LD3Scheduler):
 
     def _is_due(self, given: Tensor) -> bool:
         """Whether a network is called for the stage that was predicted, not by another pipeline after a run that was broken off."""
-        return self._lookup.means(given.reshape(-1)[:1], self._step_index)
+        return self._lookup.is_step(self._step_index, given.reshape(-1)[:1])
 
     def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
         if self._sample_timesteps is None:

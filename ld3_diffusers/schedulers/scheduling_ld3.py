@@ -282,7 +282,15 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
 
     def _tell(self, timesteps: Tensor, device=None) -> None:
         self._lookup = TimestepLookup(timesteps, device)
-        self.timesteps = self._lookup.timesteps
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(N,) float32: what the network is told at each step."""
+        return self._lookup.timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor) -> None:
+        self._lookup.timesteps = timesteps
 
     def set_timesteps(
         self,
@@ -391,7 +399,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         for index in (self._step_index, self._begin_index):
             if index is not None:
                 return index
-        return self._lookup.index(timestep)
+        return self.index_for_timestep(timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Times c_in on variance-exploding paths, and at AMED's stages as if at the level that the network is told; else unchanged.
@@ -440,7 +448,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
                 "drop the learned variance of the output, if it has one, and pass the sample that the model saw"
             )
         index = self._index_of(timestep)
-        if self._left_learned and index < len(self._table) and not self._lookup.means(timestep, index):
+        if self._left_learned and index < len(self._table) and not self._lookup.is_step(index, timestep):
             raise ValueError(COPIED_TIMESTEPS)
         if self._step_index is None:
             self._begin(index)
@@ -496,7 +504,7 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         told, chosen = self.timesteps, self._choose(None, *self._asked)
         self._say_once(LEAVES_LEARNED.format(self._begin_index, self.num_inference_steps))
         self._serve(*chosen, told.device)
-        self.timesteps = self._lookup.timesteps = told.copy_(self.timesteps)
+        self.timesteps = told.copy_(self.timesteps)
         self._leaves_learned, self._left_learned = False, True
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:

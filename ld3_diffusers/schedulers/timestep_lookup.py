@@ -9,7 +9,7 @@ class TimestepLookup:
     """Finds the steps of a schedule by their timesteps.
 
     Attributes:
-        timesteps: (N,) float32, as pipelines read them, on their device.
+        timesteps: (N,) float32, as pipelines read them, on their device, or what a pipeline has made of them.
         values: the same on the host.
     """
 
@@ -34,7 +34,7 @@ class TimestepLookup:
             )
         return index
 
-    def means(self, timestep: float | Tensor, index: int) -> bool:
+    def is_step(self, index: int, timestep: float | Tensor) -> bool:
         """Whether a pipeline means step `index` by this value, or by the first of these."""
         viewed = self._index_in_view(timestep)
         if viewed is not None:
@@ -45,6 +45,8 @@ class TimestepLookup:
         """Where a view of one of `timesteps` lies in it, which costs no transfer; None for other values."""
         if not isinstance(timestep, Tensor) or timestep.numel() != 1:
             return None
+        if self.timesteps.numel() != len(self.values):
+            return None  # a pipeline has put a part of them in their place
         if timestep.untyped_storage().data_ptr() != self.timesteps.untyped_storage().data_ptr():
             return None
         return timestep.storage_offset() - self.timesteps.storage_offset()

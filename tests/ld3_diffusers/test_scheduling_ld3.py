@@ -86,6 +86,17 @@ def test_index_of_views_whatever_their_values():
     assert [s.index_for_timestep(t) for t in s.timesteps] == list(range(5))
 
 
+def test_index_where_a_pipeline_puts_others_in_place_of_the_timesteps():
+    s = scheduler_with((8,))
+    s.set_timesteps(8)
+    told = s.timesteps
+    s.timesteps = told.to(torch.bfloat16)
+    s.timesteps.fill_(7.0)  # still, only where it lies counts
+    assert [s.index_for_timestep(t) for t in s.timesteps] == list(range(8))
+    s.timesteps = told[3:]
+    assert [s.index_for_timestep(t) for t in s.timesteps] == list(range(3, 8))
+
+
 def test_index_by_value_survives_bfloat16_and_refuses_strangers():
     s = scheduler_with((8,))
     s.set_timesteps(8)

@@ -134,12 +134,33 @@ def test_the_damping_is_searched_from_what_was_best(mixture, best, monkeypatch):
     worst = 11.0
     assert learner.step() == {"loss": 1.0, "valid_loss": 10.0, "damping": 0.0, "pairs": 32, "directions": 50}
     assert sorted(tried) == list(range(-3, 4)) and learner.damping == best and learner.stopped
-    # Along few directions this may be their fault: along all of them, it is not.
-    learner.directions = len(before) - 1
-    learner.step()
-    assert not learner.stopped and learner.directions == 2 * (len(before) - 1)
-    learner.step()
-    assert learner.stopped
+
+
+def test_a_step_that_fails_is_tried_along_more_directions_while_there_are_more(mixture, monkeypatch):
+    rollout, train, valid, _ = mixture
+    problem = Problem(rollout, train, valid, PATH)
+    recipe = DefaultRecipe(directions=3, first_pairs=16)
+    learner = DefaultLearner(
+        problem, recipe, parameters_for(recipe, grid_schedule(PATH, "time_uniform", 4, DPMPP), PATH)
+    )
+    before, count = learner.parameters.vector(), len(learner.parameters.vector())
+
+    def losses(held_out):
+        return torch.full((1, len(held_out)), 1.0 if torch.equal(learner.parameters.vector(), before) else 2.0)
+
+    monkeypatch.setattr(learner, "_held_out_losses", losses)
+    monkeypatch.setattr(
+        learner, "_linearised", lambda pairs: (1.0, torch.ones(count).double(), torch.eye(count).double())
+    )
+    # Before the last of 4 rows: 1 + 2 + 3 coefficients of predictions, 3 of states, 3 network times.
+    assert learner._most_directions() == 12 < count
+    found = []
+    while not learner.finished:
+        found.append(learner.step()["directions"])
+    # Half the pairs may be at fault; then 3, 6 and 12 directions of all.
+    assert len(train) == 32 and found == [3, 3, 6, 12]
+    learner.stopped, learner.alone, learner.directions = False, False, 1
+    assert "directions" not in learner.step() and learner.stopped
 
 
 def test_a_network_that_overflows_is_refused_by_a_sentence():
@@ -390,7 +411,7 @@ def test_published_patience_enlarges_validation_first_and_then_lowers_the_rates(
 
 
 RECIPES = {
-    "default": DefaultRecipe(max_steps=6, first_pairs=4, micro_batch_size=5),
+    "default": DefaultRecipe(max_steps=8, first_pairs=8, directions=1, micro_batch_size=5),
     "adam": AdamRecipe(max_steps=14, batch_size=6, validation_steps=3, averaging=0.9, relaxation=1e-3),
     "published": PublishedRecipe(mode="time", rounds_v1=1, rounds_v2=1, batch_size=6, valid_batch_size=8, patience=2),
 }
@@ -409,6 +430,8 @@ def test_a_killed_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(mixture, 
     }
     whole = learn(rollout, train, valid, initial, recipe, checkpoint_dir=tmp_path / "whole", **options)
     total = len(whole.history)
+    if name == "default":
+        assert whole.history[0]["directions"] < whole.history[-1]["directions"]
     rng = random.Random(1)
     for attempt in range(3):
         folder = tmp_path / str(attempt)

@@ -89,7 +89,7 @@ def learn_on_tiny_sd(folder, prepare=lambda pipe, accelerator: None, recipes=tup
         if name == "default":
             learner = DefaultLearner(problem, recipe, parameters_for(recipe, initial, problem.path))
             learner.alone = True
-            gradients, moved = torch.cat([part.flatten() for part in learner._linearised(range(5), 4)[1:]]), {}
+            gradients, moved = torch.cat([part.flatten() for part in learner._linearised(range(5))[1:]]), {}
         else:
             learner = {"adam": AdamLearner, "published": PublishedLearner}[name](problem, recipe, initial, 0)
             learner.start(1.0)

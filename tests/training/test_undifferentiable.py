@@ -102,7 +102,7 @@ def test_cached_features_are_learned_with_by_whole_runs():
         learner = DefaultLearner(problem, RECIPE, parameters_for(RECIPE, initial, rollout.path))
         before, count = rollout.evaluations.forward, len(learner.parameters.vector())
         learner.alone = False
-        learner._linearised(range(4), 4)
+        learner._linearised(range(4))
         assert rollout.evaluations.forward - before == 4 * 3 * (1 + count)
         result = learn(rollout, train, valid, initial, RECIPE, path=rollout.path)
         assert result.loss < 0.8 * result.initial_loss
