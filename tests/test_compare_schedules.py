@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.tiny_pipelines import PIPELINES
@@ -144,14 +145,26 @@ def test_costs_are_shown_as_shares_of_the_published_ones(script):
     of_end = "10.00 (0.50) | 6 | 1,500 (0.750) | 10 (0.250)"
     assert lines[0] == f"| 4 | 20.00 (0.25) | 2,000 | 40 | not reached |  |  |  | {of_end} |"
     assert lines[1].count(of_end) == 2
+    assert cost.distance_of(torch.tensor([1.0, 3.0])) == {"loss": 2.0, "share_of_farthest": 0.75}
 
 
 @pytest.mark.slow
 def test_costs_parts_and_robustness_are_measured(script, tmp_path, monkeypatch, capsys):
     """Each of the smaller programs once, on a Stable Diffusion with random weights."""
     cost, ablation, robustness = (script(name) for name in ("compare_cost", "ablation", "robustness"))
-    published = ["--recipe", "published", "--mode", "time", "--rounds_v1", "1", "--rounds_v2", "1", "--num_train", "4"]
-    monkeypatch.setattr(script("compare_generalised"), "published", lambda *_: published)
+    of_published = [
+        "--recipe",
+        "published",
+        "--mode",
+        "time",
+        "--rounds_v1",
+        "1",
+        "--rounds_v2",
+        "1",
+        "--num_train",
+        "4",
+    ]
+    monkeypatch.setattr(script("compare_generalised"), "published", lambda *_: of_published)
     monkeypatch.setattr(cost, "UNSEEN", 4)
     monkeypatch.setitem(LITTLE["make_teacher_set"], "num_samples", 16)
     monkeypatch.setattr(robustness, "STRENGTHS", (0.7,))
@@ -172,6 +185,14 @@ def test_costs_parts_and_robustness_are_measured(script, tmp_path, monkeypatch, 
     assert 0 < reached["seconds"] <= end["seconds"]
     # Backward counts as two and recomputation as one: at least two epochs of 4 pairs.
     assert published["evaluations"] >= 2 * 4 * 3 * 4
+    # What is measured stays, unless it was by another recipe.
+    monkeypatch.setattr(cost, "measured", lambda options, nfe, judge: {**row, "published": end})
+    cost.main([*config, "--loss", "huber"])
+    assert json.loads((tmp_path / "evaluation" / "cost-huber.json").read_text()) == [row]
+    older = {**row, "recipes": {**row["recipes"], "default": "DefaultRecipe(max_steps=1)"}}
+    (tmp_path / "evaluation" / "cost-huber.json").write_text(json.dumps([older]))
+    cost.main([*config, "--loss", "huber"])
+    assert json.loads((tmp_path / "evaluation" / "cost-huber.json").read_text()) == [{**row, "published": end}]
 
     ablation.main([*config, "--num_samples", "6"])
     results = json.loads((tmp_path / "evaluation" / "ablation" / "results.json").read_text())

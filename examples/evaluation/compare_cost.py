@@ -8,7 +8,7 @@ that neither learns or selects on, is no larger than where the former ends, and 
 counts as two, recomputation as one, and choosing the grid to start from is counted, too. Both learn with the same solver, with the pairs that their
 recipes say. The distance is `--loss`, by which the published recipe also learns: the mean square, or one that few samples do not rule; the farthest
 sample's share of the mean is told. Counts that are in `cost.json`, or `cost-<loss>.json`, beside the results of the recipe's `evaluate`, are not
-measured again.
+measured again unless a recipe has changed.
 """
 
 import argparse
@@ -165,10 +165,14 @@ def main(argv: list[str] | None = None) -> None:
     make_teacher_set.main(config)
     name = "cost" if args.loss == "l2" else f"cost-{args.loss}"
     file = folder / f"{name}.json"
-    rows = {row["nfe"]: row for row in json.loads(file.read_text())} if file.is_file() else {}
+    recipes = {
+        way: repr(learning_arguments.recipe_of(parse(learning_arguments.parser(), options[way]))) for way in options
+    }
+    found = json.loads(file.read_text()) if file.is_file() else []
+    rows = {row["nfe"]: row for row in found if row.get("recipes") == recipes}
     for nfe in args.nfe:
         if nfe not in rows:
-            rows[nfe] = measured(options, nfe, judge)
+            rows[nfe] = {**measured(options, nfe, judge), "recipes": recipes}
             content = json.dumps([rows[count] for count in sorted(rows)], indent=1)
             write_whole(file, lambda out, content=content: out.write_text(content))
     text = table([rows[count] for count in sorted(rows)])
