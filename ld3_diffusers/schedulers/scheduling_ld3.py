@@ -504,7 +504,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         told, chosen = self.timesteps, self._choose(None, *self._asked)
         self._say_once(LEAVES_LEARNED.format(self._begin_index, self.num_inference_steps))
         self._serve(*chosen, told.device)
-        self.timesteps = told.copy_(self.timesteps)
+        with torch.inference_mode():  # outside it, timesteps that were set inside may not be changed
+            self.timesteps = told.copy_(self.timesteps)
         self._leaves_learned, self._left_learned = False, True
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -336,6 +336,21 @@ def test_a_picture_noised_to_the_first_level_and_a_schedule_in_use_keep_what_was
     assert learned.schedule is schedule
 
 
+@pytest.mark.parametrize("set_inside", [False, True])
+def test_a_picture_is_gone_on_from_across_inference_mode(set_inside):
+    learned = scheduler_with((5,), "dpmpp", 3)
+    bare = LD3Scheduler.from_config(learned.config, schedules=None)
+    x, (noise,) = outputs(1)
+    noised = []
+    for s in (learned, bare):
+        with torch.inference_mode(set_inside):
+            s.set_timesteps(5)
+        s.set_begin_index(2)
+        with torch.inference_mode(not set_inside):
+            noised.append(s.add_noise(x, noise, s.timesteps[2:3]))
+    assert torch.equal(*noised) and torch.equal(learned.timesteps, bare.timesteps)
+
+
 @pytest.mark.parametrize("first_is_right", [False, True])
 def test_a_pipeline_that_has_copied_its_timesteps_is_refused_from_a_picture(first_is_right):
     s = scheduler_with((5,), "dpmpp", 3)
