@@ -61,9 +61,7 @@ def schedule_of_values(
     u = first + torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
     inner = time(u[1:-1])
     times = torch.cat([ends[:1], inner, ends.new_zeros(1) if to_zero else ends[1:]])
-    right = 0.5 * gaps
-    right = torch.cat([right[:-1], gaps[-1:] if to_zero else right[-1:]])
-    left = torch.cat([gaps.new_zeros(1), 0.5 * gaps[:-1]])
+    left, right = ways(gaps, to_zero)
     told = values["network_times"]
     network_times = time(u[:-1] + torch.where(told >= 0, right, left) * torch.tanh(told))
     # Undoes rounding beyond the path, but not the gradient there.
@@ -74,6 +72,13 @@ def schedule_of_values(
         age = torch.arange(count)[:, None] - torch.arange(residuals.shape[1])[None]
         residuals = torch.where(age >= 0, residuals, 0.0)
     return Schedule(times, network_times, spec, path.kind, prediction_type, final=final, residuals=residuals)
+
+
+def ways(gaps: Tensor, to_zero: bool) -> tuple[Tensor, Tensor]:
+    """How far each step's network time may lie before and after its level, (N,) each, in u."""
+    right = 0.5 * gaps
+    right = torch.cat([right[:-1], gaps[-1:] if to_zero else right[-1:]])
+    return torch.cat([gaps.new_zeros(1), 0.5 * gaps[:-1]]), right
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +186,7 @@ class ScheduleCurve:
                 f"the curve's solver {spec.solver} must make one evaluation a step, without an analytical first one"
             )
         matrices = {name: float64(entry[name]) for name in KINDS}
+        matrices["residuals"] = matrices["residuals"].view(-1, *matrices["times"].shape)  # of none, too
         names = ("noise_path", "prediction_type", "to_zero", "final", "checksum")
         rest = {key: entry[key] for key in names if entry.get(key) is not None}
         return cls(matrices, tuple(entry["counts"]), spec, provenance=entry.get("provenance") or {}, **rest)

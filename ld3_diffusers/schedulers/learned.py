@@ -106,13 +106,14 @@ def learned_schedule(
         return curve.schedule(nfe, path)
     if not schedules and curve is None:
         return None
-    if not (may_interpolate and schedules):
+    if not may_interpolate:
         counts = [*map(str, sorted(schedules)), *([] if curve is None else ["{} to {}".format(*curve.counts)])]
-        hint = ", or load with interpolate=True" if schedules else ""
         raise ValueError(
-            f"no schedule was learned for {nfe} evaluations; use num_inference_steps = {' or '.join(counts)}{hint}"
+            f"no schedule was learned for {nfe} evaluations; use num_inference_steps = {' or '.join(counts)}, or load with "
+            "interpolate=True"
         )
-    return interpolate(schedules, nfe, path)
+    ends = {} if curve is None else {count: curve.schedule(count, path) for count in curve.counts}
+    return interpolate({**ends, **schedules}, nfe, path)
 
 
 def check_model(config, of_pipeline) -> None:
