@@ -93,20 +93,27 @@ class Distance:
         features = self.features(end)
         difference = features - self._of_target(target)
         losses, weights = self.penalty(difference)
-        of_features = torch.stack([self._along(direction, end, features) for direction in jacobian]).flatten(1)
-        scale = 2 / difference.shape[1]
-        weighted = of_features * (scale * weights).expand_as(difference).flatten()
-        return losses, weighted @ difference.flatten(), weighted @ of_features.T
+        weights = 2 / difference.shape[1] * weights
+        count = len(jacobian)
+        gradient, hessian = difference.new_zeros(count), difference.new_zeros(count, count)
+        # Sample by sample: features may be a thousand times as many as an end point's entries.
+        for k in range(len(end)):
+            parts = jacobian[:, k].split(len(end))
+            of_features = torch.cat([self._along(part, end[k], features[k]) for part in parts])
+            weighted = of_features * weights[k]
+            gradient += weighted @ difference[k]
+            hessian += weighted @ of_features.T
+        return losses, gradient, hessian
 
-    def _along(self, direction: Tensor, end: Tensor, features: Tensor) -> Tensor:
-        """(B, R) derivatives of the features along a direction, from a finite change."""
+    def _along(self, directions: Tensor, end: Tensor, features: Tensor) -> Tensor:
+        """(n, R) derivatives of one sample's features along (n, ...) directions, from finite changes."""
         if self.features is entries:
-            return entries(direction)
-        size = direction.flatten(1).norm(dim=1)
-        step = CHANGE * end.flatten(1).norm(dim=1) / size.clamp(min=1e-30)
-        moved = end + step.view(-1, *[1] * (end.ndim - 1)) * direction
-        change = (self.features(moved) - features) / step[:, None]
-        return torch.where(size[:, None] > 0, change, torch.zeros_like(change))
+            return entries(directions)
+        sizes = directions.flatten(1).norm(dim=1)
+        steps = CHANGE * end.norm() / sizes.clamp(min=1e-30)
+        moved = end + steps.view(-1, *[1] * end.ndim) * directions
+        change = (self.features(moved) - features) / steps[:, None]
+        return torch.where(sizes[:, None] > 0, change, torch.zeros_like(change))
 
 
 l1 = Distance(mean_absolute)

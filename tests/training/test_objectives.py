@@ -109,6 +109,18 @@ def test_linearised_losses_have_the_gradient_of_the_losses(objective):
     assert torch.linalg.eigvalsh(hessian).min() > 0
 
 
+def test_features_are_taken_of_no_more_samples_at_once_than_there_are():
+    student, jacobian, target = linear_student()
+    seen = []
+
+    def features(images):
+        seen.append(len(images))
+        return torch.tanh(images).flatten(1)
+
+    Distance(mean_square, features).linearised(student(torch.zeros(5, dtype=torch.float64)), target, jacobian)
+    assert max(seen) == 3 and sum(seen) == 2 * 3 + 5 * 3
+
+
 def test_of_a_linear_student_the_second_derivatives_of_l2_are_exact():
     student, jacobian, target = linear_student()
     theta = torch.zeros(5, dtype=torch.float64)
