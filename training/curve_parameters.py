@@ -8,13 +8,14 @@ from torch import Tensor
 
 from ld3_diffusers.noise_path import NoisePath
 from ld3_diffusers.schedule import Schedule
-from ld3_diffusers.schedule_curve import ScheduleCurve, basis
+from ld3_diffusers.schedule_curve import LARGEST_SIDE, ScheduleCurve, basis, ways
 
 from .parameters import LEARNABLE, Groups, check_learnable
 
 
 KNOTS = 5
 POWERS = 3
+LARGEST_SHARE = 0.99  # of the way to its fence that a network time starts at
 
 
 class CurveParameters(Groups):
@@ -57,26 +58,55 @@ class CurveParameters(Groups):
                 raise ValueError(
                     "the schedules that a curve starts from must share solver and end; start from named grids"
                 )
+        if self.nfes[-1] > LARGEST_SIDE:
+            raise ValueError(f"a curve serves at most {LARGEST_SIDE} evaluations; lower the largest --nfe")
         self.first, counts = first.detach(), (self.nfes[0], self.nfes[-1])
         shape = knots, min(powers, len(self.nfes))
-        window = min(coefficient_window or counts[1], counts[1]) if "coefficients" in learn else 0
+        functions = torch.cat([basis(nfe, counts, *shape) for nfe in self.nfes])
+        position = torch.cat([torch.arange(nfe) for nfe in self.nfes])
+        starts = [initial[nfe] for nfe in self.nfes]
+        window = max(0 if each.residuals is None else each.residuals.shape[1] for each in starts)
+        if "coefficients" in learn:
+            window = max(window, coefficient_window or counts[1])
+        window = min(window, counts[1])
+
+        def fitted(values: Tensor, reach: int = 0) -> Tensor:
+            """The matrix whose curve is nearest to (steps,) values, of steps that have this many before them."""
+            has = position >= reach
+            return torch.linalg.lstsq(functions[has], values[has, None], driver="gelsd").solution.view(shape)
+
         self._values = {
-            "network_times": torch.zeros(shape, dtype=torch.float64),
+            "times": fitted(torch.cat([self._logits(each) for each in starts])),
+            "network_times": fitted(torch.cat([self._offsets(each) for each in starts])),
             "residuals": torch.zeros(window, *shape, dtype=torch.float64),
         }
-        functions = torch.cat([basis(nfe, counts, *shape) for nfe in self.nfes])
-        logits = torch.cat([self._logits(initial[nfe]) for nfe in self.nfes])
-        self._values["times"] = torch.linalg.lstsq(functions, logits[:, None], driver="gelsd").solution.view(shape)
+        residuals = torch.cat([_residuals(each, window) for each in starts])
+        for j in range(window):
+            self._values["residuals"][j] = fitted(residuals[:, j], reach=j)
         names = {"coefficients": "residuals"}
         chosen = [names.get(group, group) for group in LEARNABLE if group in learn]
         self.groups = {name: self._values[name].requires_grad_() for name in chosen}
 
+    def _levels(self, schedule: Schedule) -> Tensor:
+        """u of its levels; the last step to clean data ends at the path's smallest time."""
+        return self._coordinate(torch.cat([schedule.times[:-1], schedule.times.new_tensor([self.path.t_min])]))
+
+    def _coordinate(self, times: Tensor) -> Tensor:
+        return 1 - times if self.path.kind == "flow" else self.path.lam(times)
+
     def _logits(self, schedule: Schedule) -> Tensor:
-        """Of its steps' lengths, up to a constant; the last step to clean data ends at the path's smallest time."""
-        times = torch.cat([schedule.times[:-1], schedule.times.new_tensor([self.path.t_min])])
-        u = 1 - times if self.path.kind == "flow" else self.path.lam(times)
-        shares = u.diff().clamp(min=1e-3 * float(u[-1] - u[0]) / len(times)).log()
+        """Of its steps' lengths, up to a constant."""
+        u = self._levels(schedule)
+        shares = u.diff().clamp(min=1e-3 * float(u[-1] - u[0]) / len(u)).log()
         return shares - shares.mean()
+
+    def _offsets(self, schedule: Schedule) -> Tensor:
+        """Of its network times, as [`schedule_of_values`] has them."""
+        u = self._levels(schedule)
+        left, right = ways(u.diff(), self.to_zero)
+        offsets = self._coordinate(schedule.network_times) - u[:-1]
+        shares = offsets / torch.where(offsets >= 0, right, left).clamp(min=1e-300)
+        return torch.atanh(shares.clamp(-LARGEST_SHARE, LARGEST_SHARE))
 
     def curve(self) -> ScheduleCurve:
         return ScheduleCurve(
@@ -96,3 +126,10 @@ class CurveParameters(Groups):
 
     def learned(self) -> ScheduleCurve:
         return self.curve().detach()
+
+
+def _residuals(schedule: Schedule, window: int) -> Tensor:
+    """(steps, window)."""
+    rows, given = len(schedule.times) - 1, schedule.residuals
+    given = torch.zeros(rows, 0, dtype=torch.float64) if given is None else given
+    return torch.nn.functional.pad(given, (0, window - given.shape[1]))
