@@ -132,6 +132,16 @@ class Problem:
         return float(self.each_loss(schedule, pairs, batch_size, **options).mean())
 
 
+def is_stable(schedule: Schedule, path: NoisePath) -> bool:
+    """Whether a scheduler would take it."""
+    try:
+        schedule.check_stability(path)
+        schedule.table(path)
+    except ValueError:
+        return False
+    return True
+
+
 def geometric_mean(losses: Sequence[float]) -> float:
     """Of one, itself."""
     if len(losses) == 1:
@@ -217,7 +227,8 @@ def learn(
         raise ValueError("curves are learned by the recipe 'default' only; use it, or learn a schedule for each count")
     else:
         learner = {"adam": AdamLearner, "published": PublishedLearner}[recipe.name](problem, recipe, initial, seed)
-    warn_of_idle_processes(learner.batch_size, learner.pass_size, accelerator)
+    argument = "first_pairs" if recipe.name == "default" else "train_batch_size"
+    warn_of_idle_processes(learner.batch_size, learner.pass_size, accelerator, argument)
 
     def loss_now() -> float:
         found = learner.best_schedule()
@@ -307,12 +318,13 @@ def iterate(
     return history, initial_loss
 
 
-def warn_of_idle_processes(batch_size: int, pass_size: int, accelerator) -> None:
+def warn_of_idle_processes(batch_size: int, pass_size: int, accelerator, argument: str = "train_batch_size") -> None:
+    """Warns if there are fewer micro-batches than processes; `argument` is the one that sets `batch_size`."""
     busy, processes = math.ceil(batch_size / pass_size), num_processes(accelerator)
     if busy < processes and is_main(accelerator):
         warnings.warn(
             f"a batch of {batch_size} pairs in micro-batches of {pass_size} keeps only {busy} of {processes} processes busy; "
-            "lower --micro_batch_size or raise --train_batch_size",
+            f"lower --micro_batch_size or raise --{argument}",
             stacklevel=3,
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ld3_diffusers.schedule import Schedule
 
-from .learner import Problem, split, with_moved
+from .learner import Problem, is_stable, split, with_moved
 from .parameters import GapParameters
 from .recipe import AdamRecipe
 
@@ -152,7 +152,9 @@ class AdamLearner:
 
     def _validate(self) -> float:
         candidate = self.parameters.state_dict() if self.recipe.averaging is None else dict(self.average)
-        loss = self.problem.mean_loss(self.parameters.schedule_of(candidate), self.problem.valid, self.pass_size)
+        schedule, problem, loss = self.parameters.schedule_of(candidate), self.problem, math.inf
+        if is_stable(schedule, problem.path):
+            loss = problem.mean_loss(schedule, problem.valid, self.pass_size)
         if loss < self.best_loss:
             self.best, self.best_loss, self.worse = candidate, loss, 0
         else:

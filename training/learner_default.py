@@ -24,7 +24,7 @@ from ld3_diffusers.schedule import Schedule
 from ld3_diffusers.schedule_curve import ScheduleCurve
 
 from .curve_parameters import CurveParameters
-from .learner import SMALLEST_LOSS, Problem, geometric_mean, mean_of_means, split
+from .learner import SMALLEST_LOSS, Problem, geometric_mean, is_stable, mean_of_means, split
 from .parameters import GapParameters
 from .recipe import DefaultRecipe
 from .sensitivity import coordinates, evaluates_alone, most_directions, sensitivities, whole_table
@@ -79,7 +79,7 @@ class DefaultLearner:
 
     def step(self) -> dict[str, float]:
         problem = self.problem
-        if self.alone is None:
+        if self.alone is None:  # also in a continued run, whose pipeline has told no resolution shift yet
             noise, _, conditioning = problem.train.batch([0], problem.device)
             self.alone = evaluates_alone(problem.rollout, self._schedules()[0], noise, conditioning)
         pairs = range(min(self.recipe.first_pairs * 2**self.done, len(problem.train)))
@@ -140,10 +140,9 @@ class DefaultLearner:
         infinite = torch.full((self.several, len(held_out)), math.inf, dtype=torch.float64)
         try:
             schedules = self._schedules()
-            for schedule in schedules:
-                schedule.check_stability(problem.path)
-                schedule.table(problem.path)
         except ValueError:
+            return infinite
+        if not all(is_stable(each, problem.path) for each in schedules):
             return infinite
         losses = [problem.each_loss(each, problem.valid, self.pass_size, indices=held_out) for each in schedules]
         return torch.stack(losses) if all(bool(each.isfinite().all()) for each in losses) else infinite
@@ -186,11 +185,11 @@ class DefaultLearner:
         """(coordinates, parameters): derivatives of the numbers of a schedule's table."""
         parameters, path = self.parameters, self.problem.path
         values = coordinates(whole_table(parameters.schedules()[which], path, self.problem.rollout.mu), path)
-        each = torch.eye(len(values), dtype=torch.float64)
-        rows = torch.autograd.grad(
-            values, parameters.parameters(), each, is_grads_batched=True, materialize_grads=True
-        )
-        return torch.cat([row.flatten(1) for row in rows], 1)
+        each, given = torch.eye(len(values), dtype=torch.float64), parameters.parameters()
+        rows = torch.autograd.grad(values, given, each, is_grads_batched=True, materialize_grads=True)
+        # Zeros for parameters that the table does not depend on are not batched.
+        rows = [row.expand(len(values), *value.shape) for row, value in zip(rows, given)]
+        return torch.cat([row.reshape(len(values), value.numel()) for row, value in zip(rows, given)], 1)
 
     @torch.no_grad()
     def _by_whole_runs(self, which: int, noise: Tensor, conditioning: dict) -> tuple[Tensor, Tensor]:
@@ -215,13 +214,12 @@ class DefaultLearner:
             "scale": self.scale,
             "damping": self.damping,
             "directions": self.directions,
-            "alone": self.alone,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parameters.load_state_dict(state["parameters"])
         self.done, self.stopped, self.scale = state["done"], state["stopped"], state["scale"]
-        self.damping, self.directions, self.alone = state["damping"], state["directions"], state["alone"]
+        self.damping, self.directions = state["damping"], state["directions"]
 
 
 def surely_better(losses: Tensor, before: Tensor) -> bool:

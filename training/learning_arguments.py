@@ -192,7 +192,11 @@ def parser() -> argparse.ArgumentParser:
     output = p.add_argument_group("output")
     output.add_argument("--output_dir", required=True, help="a config there keeps its schedules for other counts")
     output.add_argument("--resume_from_checkpoint", help="a checkpoint-<step> folder, or latest")
-    output.add_argument("--checkpointing_steps", type=int, default=100, help="iterations between checkpoints")
+    output.add_argument(
+        "--checkpointing_steps",
+        type=int,
+        help="iterations between checkpoints (default: 100; of the recipe default 1)",
+    )
     output.add_argument("--checkpoints_total_limit", type=int, help="keep only so many")
     output.add_argument("--report_to", default="tensorboard", help="a tracker of Accelerate, or none")
     output.add_argument("--logging_dir", default="logs", help="of the tracker, inside the output folder")
@@ -242,12 +246,18 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--curve learns from the least to the largest --nfe, by the recipe 'default'; name two, and drop --recipe"
         )
+    if args.curve and args.recipe_last_level is not None:
+        raise ValueError("the last level of a curve is always free; drop --last_level, or --curve")
+    if args.recipe == "default" and args.loss == "lpips":
+        raise ValueError("the recipe 'default' minimises squares of features; use --loss stlpips, or --recipe adam")
     if len(args.nfe) > 1 and not args.curve and args.resume_from_checkpoint not in (None, "latest"):
         raise ValueError("a checkpoint is of one count; give --resume_from_checkpoint latest, or one --nfe")
     if args.recipe == "published" and args.discretization != "best":
         raise ValueError("the published recipe starts from its own uniform grid; drop --discretization")
     if args.final_sigmas_type is None:
         args.final_sigmas_type = "sigma_min" if args.recipe == "published" else "zero"
+    if args.checkpointing_steps is None:
+        args.checkpointing_steps = 1 if args.recipe == "default" else 100
     if args.loss_space is None:
         args.loss_space = "pixel" if args.loss in ("lpips", "stlpips") else "latent"
 

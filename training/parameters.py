@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ld3_diffusers.noise_path import NoisePath, float64
-from ld3_diffusers.schedule import Schedule, SolverSpec
+from ld3_diffusers.schedule import MAX_RESIDUAL_ROWS, Schedule, SolverSpec
 
 
 LEARNABLE = ("times", "network_times", "coefficients")
@@ -237,7 +237,7 @@ class GapParameters(Groups):
         self.limits = self._coordinate(float64([path.t_max, min(path.t_min, float(network_times.min()))]))
         groups = {"times": self._init_gaps(last_level)}
         groups["network_times"] = self._init_offsets(self._coordinate(network_times))
-        groups["coefficients"] = self._init_residuals(coefficient_window)
+        groups["coefficients"] = self._init_residuals(coefficient_window, learn)
         self._values = groups
         self.groups = {name: groups[name].requires_grad_() for name in LEARNABLE if name in learn}
 
@@ -312,8 +312,13 @@ class GapParameters(Groups):
             offsets[1:] if self.initial.spec.afs else offsets
         )  # the first network time of AFS is asked of no network
 
-    def _init_residuals(self, window: int | None) -> Tensor:
+    def _init_residuals(self, window: int | None, learn: tuple[str, ...]) -> Tensor:
         rows, given = len(self.initial.times) - 1, self.initial.residuals
+        if rows > MAX_RESIDUAL_ROWS and "coefficients" in learn:
+            raise ValueError(
+                f"a schedule of {rows} rows is longer than the {MAX_RESIDUAL_ROWS} whose coefficients can be learned; "
+                "learn times,network_times"
+            )
         width = max(min(window or rows, rows), 0 if given is None else given.shape[1])
         self.residuals = torch.zeros(rows, width, dtype=torch.float64)
         if given is not None:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ld3_diffusers import Schedule, ScheduleCurve, SolverSpec
 from ld3_diffusers.discretization import DISCRETIZATIONS
+from ld3_diffusers.schedulers.thresholding import check_bounds_data
 
 from .arguments import check_writable, parse, usage_errors
 from .call_settings import CALL_SETTINGS
@@ -89,6 +90,8 @@ def train(args: argparse.Namespace, recipe: Recipe, spec: SolverSpec, distance: 
     training, validation = learning_pairs(args, accelerator)
     options = {"loss_space": args.loss_space, "gradient_checkpointing": args.gradient_checkpointing}
     with learning_problem(args, training, validation, accelerator, distance=distance, **options) as problem:
+        if problem.rollout.bounds_data:
+            check_bounds_data(spec, problem.path)
         facts = settings(args, problem, learning_settings(args, recipe))
         refusals, logged = [], 0
         for nfe in [None] if args.curve else args.nfe:

@@ -14,7 +14,9 @@ from ld3_diffusers.schedule import Schedule, SolverSpec
 from tests.training.toy import ToyPairs, grid_schedule, make_pairs, perfect_gain, single_gaussian, toy
 from training.checkpoint import checkpoint_folders
 from training.initial import best_grid, candidates, grid_search, saved_schedule
+from training.initial import grid_schedule as initial_grid
 from training.learner import Problem, learn, parameters_for
+from training.learner_adam import AdamLearner
 from training.learner_default import DefaultLearner, surely_better
 from training.learner_published import PublishedLearner
 from training.parameters import PublishedParameters
@@ -186,6 +188,52 @@ def test_a_curve_whose_counts_are_exact_is_left_alone():
     pairs = ToyPairs(noise, rollout(curve.schedule(3, path), noise, {}))
     result = learn(rollout, pairs, pairs, initial, DefaultRecipe(max_steps=2), path=path)
     assert result.loss <= result.initial_loss < 1e-12
+
+
+def test_a_curve_that_starts_from_one_keeps_what_that_has_learned(mixture):
+    recipe, initial = DefaultRecipe(), {nfe: grid_schedule(PATH, "logsnr", nfe, DPMPP) for nfe in (3, 4, 5, 6)}
+    parameters = parameters_for(recipe, initial, PATH)
+    generator = torch.Generator().manual_seed(0)
+    moved = 0.1 * torch.randn(len(parameters.vector()), generator=generator, dtype=torch.float64)
+    parameters.set_vector(parameters.vector() + moved)
+    learned = {schedule.nfe: schedule.detach() for schedule in parameters.schedules()}
+    again = parameters_for(recipe, learned, PATH)
+    assert len(again.vector()) == len(moved)
+    times_alone = parameters_for(DefaultRecipe(learn="times"), learned, PATH)
+    for parameters in (again, times_alone):
+        for schedule in parameters.schedules():
+            expected = learned[schedule.nfe]
+            # Lengths of steps are fitted up to a factor for each count, the rest exactly.
+            torch.testing.assert_close(schedule.times, expected.times, rtol=0.01, atol=0)
+            torch.testing.assert_close(schedule.network_times, expected.network_times, rtol=0.01, atol=0)
+            torch.testing.assert_close(schedule.residuals, expected.residuals)
+
+
+@pytest.mark.parametrize(
+    "nfe, grid, solver",
+    [
+        (1, "time_uniform", DPMPP),
+        (2, "time_uniform_before_zero", DPMPP),
+        (3, "time_uniform_before_zero", SolverSpec("heun")),
+    ],
+)
+def test_few_evaluations_leave_coefficients_to_learn(mixture, nfe, grid, solver):
+    rollout, train, valid, _ = mixture
+    initial = initial_grid(grid, PATH, nfe, solver, "epsilon")
+    result = learn(rollout, train, valid, initial, DefaultRecipe(max_steps=2), path=PATH)
+    assert result.schedule.nfe == nfe and result.loss < result.initial_loss
+
+
+def test_adam_passes_over_coefficients_that_no_scheduler_takes(mixture):
+    rollout, train, valid, _ = mixture
+    initial = grid_schedule(PATH, "logsnr", 4, DPMPP)
+    learner = AdamLearner(Problem(rollout, train, valid, PATH), AdamRecipe(), initial, seed=0)
+    learner.start(1.0)
+    with torch.no_grad():
+        learner.parameters.groups["coefficients"].fill_(9.0)
+    learner.average = learner.parameters.state_dict()
+    assert learner._validate() == math.inf and learner.worse == 1
+    assert not learner.best_schedule().residuals.any()
 
 
 @pytest.mark.parametrize("solver", ["euler", "ipndm"])

@@ -143,14 +143,17 @@ def _share_and_raise(folder):
         on_main(lambda: _refuse(f"the disk of {accelerator.process_index} is full"), accelerator)
 
     problem, initial = tiny_problem(accelerator)
-    recipe = AdamRecipe(max_steps=1, batch_size=4, micro_batch_size=None)
-    message = "keeps only 1 of 2 processes busy; lower --micro_batch_size"
-    with pytest.warns(UserWarning, match=message) if accelerator.is_main_process else pytest.raises(StopIteration):
-        learn(
-            problem.rollout, problem.train, problem.valid, initial, recipe, path=problem.path, accelerator=accelerator
-        )
-        if not accelerator.is_main_process:
-            raise StopIteration
+    told = {
+        "train_batch_size": AdamRecipe(max_steps=1, batch_size=4, micro_batch_size=None),
+        "first_pairs": DefaultRecipe(max_steps=1, first_pairs=4),
+    }
+    for argument, recipe in told.items():
+        message = f"keeps only 1 of 2 processes busy; lower --micro_batch_size or raise --{argument}"
+        with pytest.warns(UserWarning, match=message) if accelerator.is_main_process else pytest.raises(StopIteration):
+            pairs = problem.rollout, problem.train, problem.valid
+            learn(*pairs, initial, recipe, path=problem.path, accelerator=accelerator)
+            if not accelerator.is_main_process:
+                raise StopIteration
     Path(folder, str(accelerator.process_index)).touch()
 
 

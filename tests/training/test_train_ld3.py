@@ -50,7 +50,7 @@ OF_RECIPES = {
         "--checkpointing_steps",
         "2",
     ],
-    "default": ["--max_train_steps", "3", "--first_pairs", "2", "--checkpointing_steps", "1"],
+    "default": ["--max_train_steps", "3", "--first_pairs", "2"],
 }
 
 
@@ -147,6 +147,23 @@ def test_an_interrupted_run_continues_to_the_same_file(room, tmp_path, monkeypat
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
+def test_an_interrupted_run_on_a_model_with_a_resolution_shift_continues_to_the_same_schedule(tmp_path):
+    pipe, _ = PIPELINES["flux"]()
+    pipe.save_pretrained(tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("a red fox\n")
+    given = ["--teacher", str(tmp_path / "flux"), "--nfe", "3", "--init", "flow_linear", "--allow_worse"]
+    given += ["--prompts_file", str(tmp_path / "prompts.txt"), "--resolution", "32", "--teacher_steps", "8"]
+    given += ["--num_train", "4", "--num_valid", "2", "--report_to", "none", "--max_train_steps", "2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_ld3.main([*given, "--output_dir", str(whole)])
+    (broken / "nfe-3").mkdir(parents=True)
+    shutil.copytree(whole / "nfe-3" / "checkpoint-1", broken / "nfe-3" / "checkpoint-1")
+    shutil.copytree(whole / "teacher_set", broken / "teacher_set")
+    train_ld3.main([*given, "--output_dir", str(broken), "--resume_from_checkpoint", "latest"])
+    schedules = [LD3Scheduler.from_pretrained(folder).config.schedules for folder in (whole, broken)]
+    assert schedules[0] == schedules[1] and schedules[0]["3"]["provenance"]["mu"] != 0
+
+
 def test_several_counts_in_one_run_and_those_that_are_done_are_left(room, tmp_path, capsys):
     together, apart = tmp_path / "together", tmp_path / "apart"
     train_ld3.main(arguments(room, together, "--nfe", "2", "3"))
@@ -208,6 +225,8 @@ def refused(capsys, given):
         (["--discretization", "random"], "neither a folder with a schedule nor one of"),
         (["--recipe", "published", "--discretization", "edm"], "starts from its own uniform grid"),
         (["--learn", "noise"], "cannot learn"),
+        (["--recipe", "default", "--loss", "lpips"], "use --loss stlpips, or --recipe adam"),
+        (["--recipe", "default", "--curve", "--nfe", "3", "5", "--last_level", "fixed"], "drop --last_level"),
         (["--rounds_v1", "3"], "belongs to the recipe 'published'"),
         (["--no_v1"], "belongs to the recipe 'published'"),
         (["--loss", "stlpips", "--loss_space", "latent"], "compares images"),
@@ -292,6 +311,10 @@ def test_one_curve_serves_every_count_and_is_refined(room, tmp_path, capsys):
     refined = LD3Scheduler.from_pretrained(output)
     assert refined.learned_counts == [4] and refined.config.curve == learned.config.curve
     assert refined.learned_schedules[4].provenance["loss"] <= refined.learned_schedules[4].provenance["initial_loss"]
+    # A curve without coefficients is one, too.
+    times = arguments(room, tmp_path / "times", "--curve", "--nfe", "2", "3", "--learn", "times", recipe="default")
+    train_ld3.main([*times, "--max_train_steps", "1", "--allow_worse"])
+    assert LD3Scheduler.from_pretrained(tmp_path / "times").learned_schedule(3).residuals is None
     for given, sentence in (
         (["--nfe", "3"], "--curve learns from the least to the largest --nfe"),
         (["--recipe", "adam"], "--curve learns from the least to the largest --nfe, by the recipe 'default'"),
@@ -363,6 +386,16 @@ def test_other_weights_other_models_and_broken_configs_are_refused(room, tmp_pat
 
     (tmp_path / "file").write_text("")
     assert "is not a writable folder" in refused(capsys, arguments(room, tmp_path / "file" / "schedules"))
+
+
+def test_a_solver_that_extrapolates_no_data_is_refused_where_data_are_clipped(tmp_path, capsys):
+    pipe, _ = PIPELINES["ddpm"]()
+    pipe.save_pretrained(tmp_path / "ddpm")
+    given = ["--teacher", str(tmp_path / "ddpm"), "--output_dir", str(tmp_path / "schedules"), "--nfe", "3"]
+    given += ["--num_train", "2", "--num_valid", "1", "--teacher_steps", "4", "--report_to", "none", "--solver"]
+    assert "bound the data prediction, which ipndm does not extrapolate" in refused(capsys, [*given, "ipndm"])
+    train_ld3.main([*given, "unipc", "--max_train_steps", "1", "--learn", "times", "--allow_worse"])
+    assert LD3Scheduler.from_pretrained(tmp_path / "schedules").config.clip_sample
 
 
 def test_every_field_of_the_recipes_has_an_argument():
