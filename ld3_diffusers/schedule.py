@@ -78,6 +78,7 @@ SCHEDULE_KEYS = (
 )
 
 
+LARGEST_ROUNDING = 1e-6  # of a checksum; processors that round float32 betas otherwise move it by 1e-7
 MAX_NFE = 1000  # as many as most models have training steps; what a schedule costs to check is bounded by it
 MAX_RESIDUAL_ROWS = 64  # of a schedule with residuals, whose whole triangle may be learned
 
@@ -358,8 +359,8 @@ def check_checksum(table: StepTable, expected: float | None) -> None:
 
 
 def same_checksum(actual: float, expected: float) -> None:
-    """Raises a `ValueError` if these differ by more than another machine's rounding."""
-    if not abs(actual - expected) <= 1e-9 * (1 + abs(expected)):
+    """Raises a `ValueError` if these differ by more than another machine's rounding, of the model's float32 betas too."""
+    if not abs(actual - expected) <= LARGEST_ROUNDING * (1 + abs(expected)):
         raise ValueError(
             f"this schedule builds another step table than the one it was saved with (checksum {actual:.12g}, saved "
             f"{expected:.12g}); its config was edited, or it needs the version of ld3-diffusers named in its provenance"
