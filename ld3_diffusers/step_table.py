@@ -375,7 +375,8 @@ class Executor:
             result = flat * self.state[i]
             result.add_(slot, alpha=self.single[i])
         else:
-            result = torch.addmv(flat, self.ring_t, self.rows[i], beta=self.state[i])
+            with torch.autocast(flat.device.type, enabled=False):  # which would run this one in half precision
+                result = torch.addmv(flat, self.ring_t, self.rows[i], beta=self.state[i])
         return result.view(x.shape)
 
     def __setstate__(self, state):

@@ -217,7 +217,8 @@ class NamedScheduler:
         learned = scheduler.learned_schedule(nfe)
         if learned is not None:
             return copy_of(self.scheduler), nfe, setting_of(learned.spec, learned)
-        grid = "interpolated" if scheduler.learned_counts else scheduler.config.discretization or "stock grid"
+        interpolated = scheduler.served_counts and scheduler.config.interpolate
+        grid = "interpolated" if interpolated else scheduler.config.discretization or "stock grid"
         return copy_of(self.scheduler), nfe, f"{setting_of(scheduler.spec)}, {grid}"
 
 
@@ -257,7 +258,8 @@ def _saved(spec: SchedulerSpec, options: dict[str, Any]) -> LD3Scheduler:
     if not scheduler.served_counts:
         return LD3Scheduler.from_config(scheduler.config, **options)
     solver = {key: value for key, value in options.items() if key in SOLVER_KEYS}
-    if solver and scheduler.learned_curve is not None:
+    curve = scheduler.learned_curve
+    if curve is not None and any(getattr(curve.spec, key) != value for key, value in solver.items()):
         raise ValueError("a curve serves the solver that it was learned with; drop the solver's options")
     entries = {
         str(nfe): _with_solver(scheduler.learned_schedules[nfe], solver).to_dict(scheduler.path)

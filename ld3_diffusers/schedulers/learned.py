@@ -127,8 +127,8 @@ def check_model(config, of_pipeline) -> None:
             )
 
 
-def check_provenance(schedules: dict[int, Schedule], pipe) -> None:
-    """Raises a `ValueError` that names in what the pipeline's network differs from the one a schedule was learned with."""
+def check_provenance(learned: dict[str, Schedule | ScheduleCurve], pipe) -> None:
+    """Raises a `ValueError` that names in what the pipeline's network differs from the one that one of these was learned with."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if denoiser is None:
         raise ValueError(
@@ -141,7 +141,7 @@ def check_provenance(schedules: dict[int, Schedule], pipe) -> None:
         "dtype": str(denoiser.dtype).removeprefix("torch."),
         "teacher": getattr(pipe.config, "_name_or_path", None) or denoiser.config.get("_name_or_path"),
     }
-    for nfe, schedule in sorted(schedules.items()):
+    for what, schedule in learned.items():
         facts = schedule.provenance
         different = [
             f"{key} {facts[key]!r} (here {value!r})"
@@ -153,7 +153,7 @@ def check_provenance(schedules: dict[int, Schedule], pipe) -> None:
         ]
         if different:
             raise ValueError(
-                f"the schedule for {nfe} evaluations was learned with another {', '.join(different)}; "
+                f"{what} was learned with another {', '.join(different)}; "
                 "results may differ from its card: learn one for this pipeline, or sample without check()"
             )
 

@@ -269,8 +269,8 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
         """
         if pipe.scheduler is not self:
             check_model(self.config, type(self).from_config(pipe.scheduler.config, schedules=None).config)
-        curve = {} if self._curve is None else {self._curve.counts[0]: self._curve}
-        check_provenance({**curve, **self._schedules}, pipe)
+        learned = {f"the schedule for {nfe} evaluations": self._schedules[nfe] for nfe in self.learned_counts}
+        check_provenance(learned if self._curve is None else {**learned, "the curve": self._curve}, pipe)
 
     def __repr__(self) -> str:
         first = f"{type(self).__name__}(noise_path={self.config.noise_path!r}, solver={self.spec.solver!r}"
@@ -312,9 +312,9 @@ class LD3Scheduler(SchedulerMixin, ConfigMixin):
             ValueError: for a count without a learned schedule, a custom grid beside a learned one, or a missing mu.
         """
         nfe, timesteps, sigmas = requested(num_inference_steps, timesteps, sigmas)
-        learned = self._override
-        if learned is None and (self.learned_schedule(nfe) is not None or self.config.discretization is None):
-            learned = learned_schedule(self._schedules, self._curve, nfe, self.path, self.config.interpolate)
+        learned, interpolates = self._override, self.config.interpolate
+        if learned is None and (nfe in self.served_counts or interpolates or self.config.discretization is None):
+            learned = learned_schedule(self._schedules, self._curve, nfe, self.path, interpolates)
         asked = nfe, timesteps, sigmas, mu
         self._serve(*self._choose(learned, *asked), device)
         self._asked = asked

@@ -23,6 +23,11 @@ NOISE_PATHS = ("vp_discrete", "vp_linear", "vp_cosine", "ve", "edm", "flow")
 BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 FLOW_KEYS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 SIGMA_KEYS = ("sigma_min", "sigma_max", "sigma_data")
+# What a scheduler's config says of the model.
+MODEL_KEYS = (
+    *("noise_path", "prediction_type", "num_train_timesteps", "shift_terminal", "time_shift_type"),
+    *(*BETA_KEYS, *FLOW_KEYS, *SIGMA_KEYS),
+)
 # Options that only choose a stock grid; a learned schedule replaces them all.
 GRID_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 GRID_KEYS = (*GRID_FLAGS, "timestep_spacing", "steps_offset", "final_sigmas_type", "discretization", "rho")

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ld3_diffusers import LD3Scheduler
+from ld3_diffusers import LD3Scheduler, ScheduleCurve
 from ld3_diffusers.step_table import Executor
 from tests.schedules import FLOW, SD_BETAS, outputs, plausible_schedule, run, scheduler_with
 from tests.tiny_pipelines import PIPELINES
@@ -437,6 +437,12 @@ def test_check_compares_with_the_pipeline():
     flux, _ = PIPELINES["flux"]()
     with pytest.raises(ValueError, match="noise_path"):
         good.check(flux)
+    zeros = {"times": torch.zeros(3, 2), "network_times": torch.zeros(3, 2), "residuals": torch.zeros(0, 3, 2)}
+    curve = ScheduleCurve(zeros, (5, 8), provenance={**facts, "dtype": "bfloat16"}).to_dict(good.path)
+    both = LD3Scheduler.from_config(good.config, curve=curve)
+    assert both.learned_counts == [5]
+    with pytest.raises(ValueError, match="the curve was learned with another dtype 'bfloat16'"):
+        both.check(pipe)
 
 
 # Learned counts --------------------------------------------------------------------------------------------------------

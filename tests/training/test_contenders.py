@@ -151,6 +151,14 @@ def test_learned_schedules_answer_for_their_counts(sd, folder):
         entry.contenders(4)
     [between] = named(f"{folder}:interpolate=true", sd).contenders(4)
     assert "interpolated" in between.setting
+    [on_grid] = named(f"{folder}:discretization=dmn", sd).contenders(4)
+    assert on_grid.setting.endswith(", dmn")
+    [between] = named(f"{folder}:interpolate=true,discretization=dmn", sd).contenders(4)
+    assert "interpolated" in between.setting
+    between.scheduler.set_timesteps(4)
+    interpolating = LD3Scheduler.from_pretrained(folder, interpolate=True)
+    interpolating.set_timesteps(4)
+    assert torch.equal(between.scheduler.timesteps, interpolating.timesteps)
 
 
 def test_another_solver_runs_on_the_learned_times(sd, folder):
