@@ -95,7 +95,7 @@ class Variant:
         solver, solver_order: of the learned schedules; order None: the solver's default.
         nfe: numbers of evaluations with a learned schedule.
         guidance_scale, height, width, dtype: what they were learned with.
-        certified: a certificate lies beside the config; whether it is true, only measuring again can tell.
+        certified: a certificate of all counts lies beside the config; whether it is true, only measuring again can tell.
         stages: of AMED's schedules "static", or "per sample", which [`AMEDScheduler`] serves and attaches to the pipeline.
     """
 
@@ -235,7 +235,9 @@ def _variant(folder: Path, place: str) -> Variant:
         height=_common(provenances, "height", int),
         width=_common(provenances, "width", int),
         dtype=_common(provenances, "dtype", str),
-        certified=(folder / place / CERTIFICATE_NAME).is_file(),
+        # Certificates speak of schedules alone.
+        certified=(folder / place / CERTIFICATE_NAME).is_file()
+        and not (scheduler.config.curve or scheduler.config.interpolate),
         stages=stages.pop() if len(stages) == 1 else None,
     )
 

@@ -36,6 +36,10 @@ def verify(args: argparse.Namespace, accelerator: Accelerator) -> bool:
     try:
         certificate = certificate_form.read(folder / CERTIFICATE_NAME)
         scheduler = load_scheduler(folder)
+        if scheduler.config.curve is not None or scheduler.config.interpolate:
+            raise ValueError(
+                "the config serves counts, by a curve or interpolated, of which the certificate says nothing"
+            )
         certificates.check(certificate, scheduler.config.schedules or {})
     except ValueError as error:
         accelerator.print(f"NOT verified: {error}")
