@@ -42,7 +42,8 @@ METRIC = (
 # What the schedules of one folder have in common: the facts of learning that decide what they imitate.
 TEACHER_SCHEDULE = ("teacher_solver", "teacher_solver_order", "teacher_discretization", "teacher_steps")
 SOLVER = ("solver", "solver_order", "solver_type", "predict_x0", "lower_order_final", "afs", "starting_scale")
-SHARED = ("teacher_digest", "pipeline", "dtype", *CALL_SETTINGS, *TEACHER_SCHEDULE, "teacher_final_sigmas_type")
+UNCLAIMED = ("teacher_final_sigmas_type", "teacher_solver_type")  # said by the schedules alone, not by certificates
+SHARED = ("teacher_digest", "pipeline", "dtype", *CALL_SETTINGS, *TEACHER_SCHEDULE, *UNCLAIMED)
 
 
 # ---------------------------------------------------------------------- what a schedule says of itself
@@ -219,13 +220,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if they are not about the same teacher and settings.
     """
-    for name in ("pipeline", "dtype", "call_settings", "solver", "teacher_schedule"):
-        if old[name] != new[name]:
-            raise ValueError(
-                f"what is published there already has another {name}: {old[name]}, here {new[name]}; choose another repository"
-            )
-    if old["teacher"]["digest"] != new["teacher"]["digest"]:
-        raise ValueError("what is published there already has another teacher; choose another repository")
+    check_alike(old, new)
     counts = {**old["counts"], **new["counts"]}
     runs = {**old["runs"], **new["runs"]}
     used = {record["run"] for record in counts.values()}
@@ -236,6 +231,17 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         "runs": {label: run for label, run in runs.items() if label in used},
         "counts": {nfe: counts[nfe] for nfe in sorted(counts, key=int)},
     }
+
+
+def check_alike(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises a `ValueError` if two certificates, of one variant, are not about the same teacher and settings."""
+    for name in ("pipeline", "dtype", "call_settings", "solver", "teacher_schedule"):
+        if old[name] != new[name]:
+            raise ValueError(
+                f"what is published there already has another {name}: {old[name]}, here {new[name]}; choose another repository"
+            )
+    if old["teacher"]["digest"] != new["teacher"]["digest"]:
+        raise ValueError("what is published there already has another teacher; choose another repository")
 
 
 def to_json(certificate: dict[str, Any]) -> str:
@@ -270,9 +276,8 @@ def check(certificate: dict[str, Any], schedules: dict[str, dict]) -> None:
         **{"teacher_digest": certificate["teacher"]["digest"], "pipeline": certificate["pipeline"]},
         "dtype": certificate["dtype"],
     }
-    # how the teacher ended is said by the schedules alone, whose hashes follow
     for name, value in facts.items():
-        if name != "teacher_final_sigmas_type" and claimed[name] != value:
+        if name not in UNCLAIMED and claimed[name] != value:
             raise ValueError(
                 f"the certificate names {name}={claimed[name]!r}, the schedules were learned for {value!r}"
             )

@@ -140,10 +140,12 @@ def publish(args: argparse.Namespace, accelerator: Accelerator) -> bool:
     def before() -> tuple[str | None, Variant | None]:
         """What makes certifying useless, or unnecessary."""
         repo_id = repositories.check_access(api, args.hub_model_id) if args.push_to_hub else None
-        if repo_id is not None:
-            repositories.place(repositories.read_hub(api, repo_id)[0], settings)
+        remote = {} if repo_id is None else repositories.read_hub(api, repo_id)[0]
         local = repositories.read(output)
         present = local.get(repositories.place(local, settings))
+        for old in (present, remote.get(repositories.place(remote, settings))):
+            if old is not None and not repositories.replaces(scheduler.config, old):
+                repositories.check_extends(old, dict(scheduler.config), settings)
         return repo_id, certified_already(present, entries, settings, seeds, prompts, args.train_batch_size)
 
     repo_id, variant = on_main(before, accelerator)

@@ -177,25 +177,46 @@ def extended(published: Repository, name: str, new: Variant) -> Repository:
     """With the counts of a variant added to what stands there under its name, or in the place of those.
 
     Raises:
-        ValueError: if what stands there was made with other settings.
+        ValueError: as [`check_extends`].
     """
     old = published.get(name)
-    if old is not None:
-        private = {"_diffusers_version", "_class_name", "_use_default_values", "schedules"}
-        for key in sorted({*old.config, *new.config} - private):
-            if old.config.get(key) != new.config.get(key):
-                raise ValueError(
-                    f"what is published there has another {key} in its config: {old.config.get(key)!r}, here "
-                    f"{new.config.get(key)!r}; choose another repository"
-                )
-        schedules = {**old.config["schedules"], **new.config["schedules"]}
-        config = {**new.config, "schedules": {nfe: schedules[nfe] for nfe in sorted(schedules, key=int)}}
-        # Pictures are of the smallest count, also where one of them could not be drawn.
-        keep = min(map(int, old.config["schedules"])) < min(map(int, new.config["schedules"]))
-        pictures = old.pictures if keep else new.pictures
-        certificate = certificates.merged(old.certificate, new.certificate)
-        new = Variant(config, certificate, pictures, {**old.predictors, **new.predictors})
+    if old is None:
+        return {**published, name: new}
+    try:
+        check_extends(old, new.config, new.certificate)
+    except ValueError:
+        if not replaces(new.config, old):
+            raise
+        return {**published, name: new}
+    schedules = {**old.config["schedules"], **new.config["schedules"]}
+    config = {**new.config, "schedules": {nfe: schedules[nfe] for nfe in sorted(schedules, key=int)}}
+    # Pictures are of the smallest count, also where one of them could not be drawn.
+    keep = min(map(int, old.config["schedules"])) < min(map(int, new.config["schedules"]))
+    pictures = old.pictures if keep else new.pictures
+    certificate = certificates.merged(old.certificate, new.certificate)
+    new = Variant(config, certificate, pictures, {**old.predictors, **new.predictors})
     return {**published, name: new}
+
+
+def replaces(config: dict[str, Any], old: Variant) -> bool:
+    """Whether all counts of a variant are among those of this scheduler config, so that nothing of it stays."""
+    return set(old.config["schedules"]) <= set(config["schedules"])
+
+
+def check_extends(old: Variant, config: dict[str, Any], certificate: dict[str, Any]) -> None:
+    """Raises a `ValueError` if counts of this scheduler config cannot stand beside those of a variant, which was made with other settings.
+
+    Args:
+        certificate: of its counts only the settings matter.
+    """
+    private = {"_diffusers_version", "_class_name", "_use_default_values", "schedules"}
+    for key in sorted({*old.config, *config} - private):
+        if old.config.get(key) != config.get(key):
+            raise ValueError(
+                f"what is published there has another {key} in its config: {old.config.get(key)!r}, here "
+                f"{config.get(key)!r}; choose another repository"
+            )
+    certificates.check_alike(old.certificate, certificate)
 
 
 def restricted(variant: Variant, nfes: list[str]) -> Variant:

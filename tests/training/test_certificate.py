@@ -293,6 +293,8 @@ def test_only_what_was_made_alike_comes_together():
     old = variant_of(config_of(4))
     with pytest.raises(ValueError, match="another teacher_schedule"):
         merged(old.certificate, variant_of(config_of(5, teacher_steps=100)).certificate)
+    whole = variant_of(config_of(4, 5, teacher_steps=100))
+    assert extended({"": old}, "", whole)[""] is whole  # of the old one nothing stays
     other = variant_of(config_of(5))
     other.config["beta_end"] = 0.5
     with pytest.raises(ValueError, match="another beta_end"):

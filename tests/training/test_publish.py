@@ -243,6 +243,9 @@ def test_a_tampered_certificate_is_not_verified(room, certified, output, capsys)
 
     shutil.copyfile(certified / "certificate.json", output / "certificate.json")
     config = json.loads((output / "scheduler_config.json").read_text())
+    (output / "scheduler_config.json").write_text(json.dumps({**config, "interpolate": True}))
+    assert "of which the certificate says nothing" in not_verified(verify, capsys)
+    assert [variant.certified for variant in list_variants(output)] == [False]
     config["schedules"]["5"]["provenance"]["loss"] = 0.0
     (output / "scheduler_config.json").write_text(json.dumps(config))
     assert "its hash differs" in not_verified(verify, capsys)
@@ -458,6 +461,20 @@ def test_a_picture_that_is_not_of_the_schedules_any_more_goes_from_the_hub(room,
     assert set(before) - set(after) == {"samples.png"} and after["notes.png"] == b"theirs"
     assert not (output / "samples.png").exists() and b"samples.png" not in after["README.md"]
     assert len(hub.repos["user/pictures"].commits) == 4  # the new repository, ours, theirs, ours: one commit each
+
+
+def test_counts_of_another_target_are_refused_before_they_are_certified_unless_they_replace_all(
+    room, output, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(publish, "certify", never)
+    config = json.loads((room / "schedules" / "scheduler_config.json").read_text())
+    for entry in config["schedules"].values():
+        entry["provenance"]["teacher_steps"] = 40
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    other = ["--schedules", str(tmp_path)]
+    assert "already has another teacher_schedule" in refusal(arguments(room, output, *other, nfe=(3,)))
+    with pytest.raises(AssertionError, match="should not have been asked for"):
+        publish.main(arguments(room, output, *other, nfe=(3, 5)))
 
 
 def test_more_counts_and_variants_join_one_repository(room, output, hub, tmp_path, monkeypatch):
