@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a repository of certified schedules, written from its certificates."""
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -53,7 +54,7 @@ def model_card(repository: Repository, repo_id: str, license: str) -> str:
             "diffusers",
             SCHEDULE_TAG,
             *(f"{NFE_TAG}{nfe}" for nfe in counts),
-            *(["text-to-image"] if prompted else []),
+            *([f"text-to-{_samples(root)}"] if prompted else []),
         ],
     )
     name = base_model or root["teacher"]["name"]
@@ -149,8 +150,15 @@ def usage_code(certificate: dict[str, Any], name: str, repo_id: str, subfolder: 
     lines += [f"pipe = {pipeline}.from_pretrained({name!r}{dtype}{trust})"]
     lines += [f"pipe.scheduler = {scheduler}.from_pretrained({repo_id!r}{where})"]
     lines += ["pipe.scheduler.attach(pipe)"] if predicted else []
-    lines += [f"image = pipe({', '.join(arguments)}).images[0]"]
+    kind = _samples(certificate)
+    lines += [f"{kind} = pipe({', '.join(arguments)}).{'frames' if kind == 'video' else 'images'}[0]"]
     return "\n".join(lines)
+
+
+def _samples(certificate: dict[str, Any]) -> str:
+    """What the pipeline returns, "image" or "video"."""
+    kind = getattr(diffusers, certificate["pipeline"], None)
+    return "video" if kind is not None and "num_frames" in inspect.signature(kind.__call__).parameters else "image"
 
 
 def _variants(repository: Repository) -> str:

@@ -25,6 +25,8 @@ def test_the_code_runs(name, tmp_path, capsys):
         "dtype": "float32",
         "solver": {},
     }
+    video = usage_code({**certificate, "pipeline": "WanPipeline"}, "user/wan", "user/schedules")
+    assert video.splitlines()[-1].startswith("video = pipe(") and video.endswith(".frames[0]")
     found = {}
     exec(usage_code(certificate, str(teacher), str(schedules)), found)
     assert found["image"].size == (pipe.unet.config.sample_size * (1 if labels else 2),) * 2
