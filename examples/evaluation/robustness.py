@@ -25,8 +25,8 @@ from training.arguments import read_recipe
 from training.comparison import Contender, paired_interval
 from training.contenders import stock_contenders
 from training.prompts import read_prompts
-from training.report import write_whole
 from training.teacher import load_teacher
+from training.whole_files import write_whole
 
 
 SUBJECT = "learned"
@@ -51,10 +51,12 @@ def at_guidance(config: list[str], schedules: str, nfe: list[str], scale: float,
     evaluate.main([*config, *compared, *given])
     rows, lines = json.loads((folder / "results.json").read_text())["rows"], ""
     for count in map(int, nfe):
-        found = {row["name"]: row["values"]["mse"] for row in rows if row["nfe"] == count}
-        own = found.pop(SUBJECT)
-        name, best = min(found.items(), key=lambda item: item[1]["value"])
-        lines += line(f"guidance {scale:g}", count, own["value"], name, best["value"], best["difference"][-2:])
+        found = [row for row in rows if row["nfe"] == count]
+        [own] = [row["values"]["mse"]["value"] for row in found if row["name"] == SUBJECT]
+        rivals = [row for row in found if row["name"] != SUBJECT and row["values"]["mse"]["value"] is not None]
+        best = min(rivals, key=lambda row: row["values"]["mse"]["value"])
+        mse, name = best["values"]["mse"], f"{best['name']} {best['setting']}".strip()
+        lines += line(f"guidance {scale:g}", count, own, name, mse["value"], mse["difference"][-2:])
     return lines
 
 
