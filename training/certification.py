@@ -29,9 +29,10 @@ from .comparison import Comparison, Contender, best_by_name
 from .contenders import copy_of, setting_of, stock_contenders
 from .make_teacher_set import encode_and_sample, parser, request, teacher_scheduler
 from .processes import on_main
-from .report import pick_columns, save_grid, save_schedules, write_whole
+from .report import pick_columns, save_grid, save_schedules
 from .teacher import load_teacher, teacher_digest
 from .teacher_set import TeacherSet, TeacherSetWriter
+from .whole_files import write_whole
 
 
 MIXED_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # by the dtype in a schedule's provenance
@@ -56,6 +57,7 @@ def pair_arguments(
         "num_inference_steps": facts["teacher_steps"],
         "solver": facts["teacher_solver"],
         "solver_order": facts["teacher_solver_order"],
+        "solver_type": facts["teacher_solver_type"],
         "discretization": facts["teacher_discretization"],
         "final_sigmas_type": facts["teacher_final_sigmas_type"],
         "seed": seeds[0],

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .report import write_whole
+from .whole_files import write_whole
 
 
 SHOWN = 4  # schedules drawn; more of them hide each other

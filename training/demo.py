@@ -30,9 +30,10 @@ from .call_settings import call_settings
 from .comparison import Comparison, Contender, best_by_name, unbeaten
 from .contenders import stock_contenders
 from .recipe import RECIPES
-from .report import pick_columns, save_grid, save_results, save_schedules, table, write_whole
+from .report import pick_columns, save_grid, save_results, save_schedules, table
 from .teacher import load_teacher
 from .teacher_set import TeacherSet, check_disjoint
+from .whole_files import write_whole
 
 
 TEACHER = Path("examples/teachers/fashion-sd")

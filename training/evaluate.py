@@ -31,9 +31,9 @@ from .evaluation_report import short_table, write_report
 from .metrics import CLIP_MODEL, DINOV2_MODEL, METRICS, make_metrics
 from .processes import COLLECTIVE_TIMEOUT, lost_process_message
 from .published_results import METRIC, check_published, published_lines, published_results, record
-from .report import write_whole
 from .sampling_arguments import add_sampling_arguments, check_sampling, versions
 from .scheduler_specs import SchedulerSpec, parse_scheduler
+from .whole_files import write_whole
 
 
 OF_TEACHERS = ("mse", "psnr", "lpips", "stlpips")  # metrics that pictures from files cannot have

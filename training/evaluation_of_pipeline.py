@@ -42,6 +42,7 @@ from .request_file import begin
 from .sampling_arguments import load_pipeline, sampling_request
 from .scheduler_specs import SchedulerSpec
 from .seeded_samples import SeededSamples
+from .teacher import scheduler_digest
 
 
 LOCAL_ERROR_SAMPLES = 16
@@ -69,6 +70,7 @@ def evaluate_pipeline(
             **sampling_request(args, comparison, seeds, prompts),
             "batch_size": args.batch_size,
             "teacher_schedule": teacher_facts(teacher),
+            "scheduler_digest": scheduler_digest(teacher.scheduler),
         }
         samples = SeededSamples(comparison, seeds, prompts, args.batch_size)
         # Prompts that the pipeline cannot have, or has to have, are refused before the folder is theirs.
@@ -103,7 +105,11 @@ def evaluate_pipeline(
         path = comparison.path.kind
     shown = samples.positions(0).start, measurement.shown
     facts = {
-        **{key: value for key, value in request.items() if key not in ("batch_size", "teacher_schedule")},
+        **{
+            key: value
+            for key, value in request.items()
+            if key not in ("batch_size", "teacher_schedule", "scheduler_digest")
+        },
         "samples": len(seeds),
         "prompts": 0 if prompts is None else len(set(samples.prompts_of(range(len(seeds))))),
         "teacher_steps": args.teacher_steps,
@@ -138,7 +144,13 @@ def entrants_of(
     """
     entrants, absent = [], []
     for spec in specs:
-        named = NamedScheduler(spec, config)
+        try:
+            named = NamedScheduler(spec, config)
+        except ValueError as error:
+            if not spec.solver_is_tried:
+                raise
+            absent += [{"name": spec.name, "nfe": nfe, "reason": str(error)} for nfe in nfes]
+            continue
         reasons = []
         for nfe in nfes:
             try:
@@ -148,6 +160,8 @@ def entrants_of(
         if len(reasons) == len(nfes):
             raise ValueError(f"{spec.text!r} has no schedule for any --nfe: {reasons[0]['reason']}")
         absent += reasons
+    if not entrants:
+        raise ValueError(f"nobody can take any solver of --solver: {absent[0]['reason']}")
     check_names(entrants)
     return entrants, absent
 

@@ -34,7 +34,7 @@ from .arguments import usage_errors
 from .evaluation_plots import local_errors_figure, quality_figure, samples_figure, schedules_figure
 from .evaluation_table import markdown, short_table
 from .published_results import published_lines, published_section
-from .report import write_whole
+from .whole_files import write_whole
 
 
 __all__ = ["short_table", "write_report"]

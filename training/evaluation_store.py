@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .features import CHUNK_SIZE
-from .report import write_whole
+from .whole_files import write_whole
 
 
 class Store:

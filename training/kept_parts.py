@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .learner import Problem, split
 from .processes import on_main, turns
-from .report import write_whole
+from .whole_files import write_whole
 
 
 def kept(

@@ -15,6 +15,7 @@ from .teacher_set import TeacherSet, check_disjoint
 PAIRS_MADE_HERE = 128  # without --teacher_set and counts
 # what must be alike in the making of training and validation pairs
 SAME_TARGET = (*CALL_SETTINGS, "solver", "solver_order", "num_inference_steps")
+SAME_GRID = ("solver_type", "discretization", "final_sigmas_type", "scheduler_digest")  # too, where both record it
 # arguments for pairs that are made here; with --teacher_set the set has decided them
 OF_MAKING = (*PROMPT_ARGUMENTS, *(name for name in CALL_SETTINGS if name != "guidance_scale"), "resolution")
 
@@ -96,7 +97,7 @@ def _made_here(args: Namespace, accelerator) -> Path:
 
 def _check_same_target(made: dict, validated: dict) -> None:
     """Raises a `ValueError` if the validation pairs were not made as the training pairs were."""
-    for name in SAME_TARGET:
+    for name in (*SAME_TARGET, *(name for name in SAME_GRID if name in made and name in validated)):
         if made.get(name) != validated.get(name):
             raise ValueError(
                 f"the validation set was made with {name}={validated.get(name)!r}, the teacher set with {made.get(name)!r}; "

@@ -25,7 +25,7 @@ from .frechet import Scatter, check_count
 from .image_files import ImageFiles, open_dataset, open_images
 from .processes import COLLECTIVE_TIMEOUT, lost_process_message, num_processes, on_main, share
 from .references import Reference, load_reference
-from .report import write_whole
+from .whole_files import write_whole
 
 
 PART = 1024  # images that one process computes before features are put together

@@ -32,7 +32,7 @@ from .initial import FINAL_SIGMAS_TYPES
 from .processes import COLLECTIVE_TIMEOUT, is_sharded, lost_process_message, on_main, shard, turns
 from .prompts import add_prompt_arguments, prompts_of
 from .rollout import PipelineRollout
-from .teacher import check_teacher_name, encoding, free_text_encoders, load_teacher, teacher_digest
+from .teacher import check_teacher_name, encoding, free_text_encoders, load_teacher, scheduler_digest, teacher_digest
 from .teacher_set import TeacherSetWriter, has_embeddings, starting_noise
 
 
@@ -156,6 +156,7 @@ def request(args: argparse.Namespace, prompts: list[str] | None, rollout: Pipeli
         "variant": args.variant,
         "pipeline": type(rollout.pipe).__name__,
         "teacher_digest": teacher_digest(rollout.pipe),
+        "scheduler_digest": scheduler_digest(scheduler),
         "dtype": args.mixed_precision if args.mixed_precision != "no" else "float32",
         **{name: getattr(args, name) for name in CALL_SETTINGS},
         "guidance_scale": rollout.guidance_scale,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .features import FeatureNetwork
 from .frechet import Moments
-from .report import write_whole
+from .whole_files import write_whole
 
 
 MATCHED = ("network", "preprocessing", "digest", "dim")  # what a reference and a feature network must have in common

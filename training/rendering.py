@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .report import write_whole
 from .rollout import PipelineRollout
+from .whole_files import write_whole
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from ld3_diffusers import LD3Scheduler
 
 from .comparison import Contender, paired_interval
+from .whole_files import write_whole
 
 
 def table(learned: Contender, others: list[Contender]) -> str:
@@ -36,17 +36,6 @@ def table(learned: Contender, others: list[Contender]) -> str:
             f"| {1e3 * mean:+.3f} [{1e3 * low:+.3f}, {1e3 * high:+.3f}] | {other.mean / learned.mean:.2f} |"
         )
     return "\n".join(lines)
-
-
-def write_whole(path: Path, write) -> None:
-    """Call `write` with a temporary path beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_results(path: Path, learned: Contender, others: list[Contender], facts: dict) -> None:

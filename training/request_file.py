@@ -3,15 +3,25 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .report import write_whole
+from .whole_files import write_whole
+
+
+YOUNGER = ("scheduler_digest",)  # entries
 
 
 def digest(value) -> str:
     """Sixteen hexadecimal digits of plain JSON; what JSON has not goes in as its text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def differing(made: dict[str, Any], request: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """Which of these entries differ, but for those that a folder made by an earlier version does not record."""
+    unrecorded = [key for key in YOUNGER if key not in made]
+    return sorted(key for key in keys if made.get(key) != request.get(key) and key not in unrecorded)
 
 
 def begin(folder: Path, request: dict[str, Any]) -> None:
@@ -36,7 +46,7 @@ def begin(folder: Path, request: dict[str, Any]) -> None:
                 f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another --output_dir"
             ) from error
         return
-    different = [key for key in sorted({*made, *request}) if made.get(key) != request.get(key)]
+    different = differing(made, request, {*made, *request})
     if different:
         key = different[0]
         raise ValueError(

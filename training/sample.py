@@ -26,11 +26,11 @@ from .comparison import Comparison, Contender
 from .contenders import NamedScheduler, is_stochastic, sampler_key
 from .processes import COLLECTIVE_TIMEOUT, lost_process_message, on_main, turns
 from .rendering import read_png, rendered, save_sheet, write_png
-from .report import write_whole
 from .request_file import begin
 from .sampling_arguments import add_sampling_arguments, check_sampling, load_pipeline, sampling_request
 from .scheduler_specs import STOCK, parse_scheduler
 from .seeded_samples import SeededSamples
+from .whole_files import write_whole
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,7 +22,8 @@ from ld3_diffusers import (
     load_scheduler,
 )
 from ld3_diffusers.schedulers.scheduling_amed import PREDICTOR_FOLDER
-from ld3_diffusers.schedulers.stock_config import BETA_KEYS, FLOW_KEYS, SIGMA_KEYS
+from ld3_diffusers.schedulers.stock_config import MODEL_KEYS
+from ld3_diffusers.solvers import VARIANTS
 
 from .learner import Problem
 from .schedule_plot import plot_schedules
@@ -30,12 +31,6 @@ from .schedule_plot import plot_schedules
 
 CONFIG = "scheduler_config.json"
 CURVE_FOLDER = "curve"  # of what belongs to a curve, as nfe-<n> is of a schedule
-MODEL_KEYS = (
-    *("noise_path", "prediction_type", "num_train_timesteps", "shift_terminal", "time_shift_type"),
-    *BETA_KEYS,
-    *FLOW_KEYS,
-    *SIGMA_KEYS,
-)
 
 
 def existing(folder: str | Path) -> LD3Scheduler | None:
@@ -86,6 +81,7 @@ def settings(args: Namespace, problem: Problem, method: dict) -> dict:
         **made.call_settings,
         "teacher_solver": made.provenance.get("solver"),
         "teacher_solver_order": made.provenance.get("solver_order"),
+        "teacher_solver_type": _solver_type(made.provenance),
         "teacher_discretization": made.provenance.get("discretization"),
         "teacher_final_sigmas_type": made.provenance.get("final_sigmas_type"),
         "teacher_steps": made.provenance["num_inference_steps"],
@@ -97,6 +93,12 @@ def settings(args: Namespace, problem: Problem, method: dict) -> dict:
         "seed": args.seed,
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _solver_type(made: dict) -> str | None:
+    """The variant of the solver that made some pairs; None for its default, or where the config names another solver's."""
+    kind = made.get("solver_type")
+    return kind if kind in VARIANTS.get(made.get("solver"), ())[1:] else None
 
 
 def with_start(facts: dict, start: dict) -> dict:

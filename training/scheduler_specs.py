@@ -12,7 +12,7 @@ NAME is one of
 
 `name=` is how it is called in tables; all other options are options of the scheduler's config, read as YAML scalars (`true`, `3`, `.5`,
 `linspace`). A value cannot hold a comma. Of learned schedules `solver=`, `solver_order=` and the other options of a solver replace the
-one that they were learned with; AMED's stages serve that one alone.
+one that they were learned with; AMED's stages, learned coefficients and curves serve that one alone.
 """
 
 import difflib
@@ -44,12 +44,14 @@ class SchedulerSpec:
         source: NAME.
         options: the options but for `name`.
         name: how it is called; None: after NAME.
+        solver_is_tried: its solver is one for all who can take it, which this one need not.
     """
 
     text: str
     source: str
     options: dict[str, Any] = field(default_factory=dict)
     name: str | None = None
+    solver_is_tried: bool = False
 
     @property
     def kind(self) -> type[SchedulerMixin] | None:
@@ -68,7 +70,8 @@ class SchedulerSpec:
             return [self]
         name = self.name or called(self.source)
         return [
-            replace(self, options={**self.options, "solver": solver}, name=f"{name} {solver}") for solver in solvers
+            replace(self, options={**self.options, "solver": solver}, name=f"{name} {solver}", solver_is_tried=True)
+            for solver in solvers
         ]
 
 

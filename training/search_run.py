@@ -19,9 +19,9 @@ from .learner import Problem
 from .learning_pairs import learning_pairs
 from .learning_problem import learning_problem
 from .processes import COLLECTIVE_TIMEOUT, on_main
-from .report import write_whole
 from .schedule_folder import holds, results, save, settings
 from .search import TeacherGrid, first_pairs, judge, students, teacher_grid
+from .whole_files import write_whole
 
 
 Ways = dict[str, list[list[int]]]  # index lists of 1, 2, ... steps, by name

@@ -12,9 +12,11 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from ld3_diffusers.schedulers.stock_config import GRID_KEYS, MODEL_KEYS
 from pipelines.repository import load_family
 
 from .denoisers import companions, denoisers
+from .request_file import digest
 
 
 SAMPLED_ELEMENTS = 1024  # of each weight that the digest reads
@@ -104,19 +106,25 @@ def check_teacher_name(name_or_path: str) -> None:
         )
 
 
+def scheduler_digest(scheduler) -> str:
+    """Of what the config of a teacher's [`LD3Scheduler`] says of the model, and of the grid where that is the model's own."""
+    bounds = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+    return digest({key: scheduler.config[key] for key in (*MODEL_KEYS, *GRID_KEYS, *bounds)})
+
+
 @torch.no_grad()
 def teacher_digest(pipe) -> str:
     """Hexadecimal digest of a pipeline's denoisers and what guides them: names, shapes, dtypes and evenly spaced weights.
 
     Any training or adapter changes it. It identifies a teacher; it does not protect against one made to collide.
     """
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     guides = {name: getattr(pipe, name, None) for name in GUIDES}
     guides = {name: module for name, module in guides.items() if isinstance(module, torch.nn.Module)}
     for component, module in sorted({**denoisers(pipe), **companions(pipe), **guides}.items()):
         for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{component}.{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+            found.update(f"{component}.{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, len(flat) // SAMPLED_ELEMENTS)][:SAMPLED_ELEMENTS].contiguous().cpu()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
+            found.update(sample.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]

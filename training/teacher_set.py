@@ -39,6 +39,7 @@ from torch import Tensor
 
 from .call_settings import call_settings
 from .conditioning import Conditioning, ConditioningStore
+from .request_file import differing
 from .teacher import teacher_digest
 
 
@@ -232,7 +233,7 @@ class TeacherSetWriter:
 
     def _compare(self, file: Path, remedy: str) -> None:
         made = json.loads(file.read_text(encoding="utf-8"))
-        different = sorted(key for key, value in self.request.items() if made.get(key) != value)
+        different = differing(made, self.request, self.request)
         if different:
             raise ValueError(
                 f"{str(file.parent)!r} was made with another {different[0]}: {made.get(different[0])!r}, now "

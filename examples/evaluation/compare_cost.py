@@ -32,8 +32,8 @@ from training.learner_default import DefaultLearner
 from training.learning_pairs import Part, learning_pairs
 from training.learning_problem import learning_problem
 from training.objectives import Objective, make_distance
-from training.report import write_whole
 from training.train_ld3 import starting_points
+from training.whole_files import write_whole
 
 
 UNSEEN = 128  # pairs, in the middle of the teacher set: training is on its beginning, validation on its end

@@ -14,8 +14,9 @@ from training import comparison as comparisons
 from training import make_teacher_set
 from training.comparison import Comparison, Contender, best_by_name, paired_interval, unbeaten
 from training.contenders import stock_contenders
-from training.report import pick_columns, save_results, save_schedules, table, write_whole
+from training.report import pick_columns, save_results, save_schedules, table
 from training.teacher_set import TeacherSet
+from training.whole_files import write_whole
 
 
 def contender(name, distances, setting=""):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -283,6 +284,34 @@ def test_another_teacher_schedule_is_refused(room, whole, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(arguments(room, tmp_path / "copy", "--teacher_steps=7"))
     assert "was made with another teacher_schedule" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_teacher_whose_scheduler_is_edited_is_another_one(room, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "copy")
+    shutil.copytree(room / "sd", tmp_path / "sd")
+    config = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.02}))
+    given = arguments(room, tmp_path / "copy", f"--teacher={tmp_path / 'sd'}", schedulers=["UniPCMultistepScheduler"])
+    with pytest.raises(SystemExit):
+        evaluate.main(given)
+    assert "was made with another scheduler_digest" in " ".join(capsys.readouterr().err.split())
+
+
+def test_solvers_are_for_those_that_can_take_them(room, tmp_path, capsys):
+    pipe = DiffusionPipeline.from_pretrained(room / "sd")
+    learned = scheduler_with((3,), "unipc", 2, config=dict(pipe.scheduler.config))
+    schedule = learned.learned_schedules[3]
+    entry = replace(schedule, residuals=torch.zeros(3, 1), checksum=None).to_dict(learned.path)
+    LD3Scheduler.from_config(learned.config, schedules={"3": entry}).save_pretrained(tmp_path / "coefficients")
+    both = [str(room / "learned"), str(tmp_path / "coefficients")]
+    evaluate.main(arguments(room, tmp_path / "out", "--solver", "ipndm", schedulers=both, nfe=[3]))
+    found = results_of(tmp_path / "out")
+    assert {each["name"] for each in found["rows"]} == {"learned ipndm"}
+    [absent] = found["absent"]
+    assert absent["name"] == "coefficients ipndm" and "serve no other solver" in absent["reason"]
+    with pytest.raises(SystemExit):
+        evaluate.main(arguments(room, tmp_path / "no", "--solver", "ipndm", schedulers=both[1:], nfe=[3]))
+    assert "nobody can take any solver of --solver" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -133,6 +134,7 @@ def test_sets_that_do_not_record_the_end_stay_valid_and_others_are_told_apart(te
     provenance = tmp_path / "set" / "provenance.json"
     facts = json.loads(provenance.read_text())
     del facts["final_sigmas_type"]  # as before it could be chosen
+    del facts["scheduler_digest"]
     provenance.write_text(json.dumps(facts))
     make_teacher_set.main(argv("set"))
     assert "finished already" in capsys.readouterr().out
@@ -182,6 +184,14 @@ def test_a_killed_run_continues_to_the_same_bits(teacher, prompts, tmp_path, mon
     assert written == {"conditioning": [0, 1, 2], 0: [0, 1, 2], 1: [1, 2], 2: [2], "assembly": []}[stop_at]
     assert files(broken) == files(whole)
     assert not broken.with_name("broken.partial").exists()
+
+
+def test_a_set_is_of_one_noise_path(teacher, prompts, tmp_path, capsys):
+    make_teacher_set.main(command(teacher, tmp_path / "set", prompts, num_samples=1))
+    edited = shutil.copytree(teacher, tmp_path / "edited")
+    config = edited / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.02}))
+    assert "scheduler_digest" in refuse(command(edited, tmp_path / "set", prompts, num_samples=1), capsys)
 
 
 def test_other_arguments_do_not_continue_a_set(teacher, prompts, tmp_path, capsys):

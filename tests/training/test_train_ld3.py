@@ -11,6 +11,8 @@ from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from ld3_diffusers import LD3Scheduler
 from tests.tiny_pipelines import PIPELINES
 from training import make_teacher_set, train_ld3
+from training.certificate import shared_facts
+from training.certification import pair_arguments
 from training.learning_arguments import RECIPE_ARGUMENTS, RECIPE_FLAGS, parser
 from training.recipe import RECIPES
 from training.teacher_set import TeacherSet, prompt_hash
@@ -345,6 +347,31 @@ def test_what_a_start_was_learned_on_counts_as_seen(room, tmp_path):
     facts = LD3Scheduler.from_pretrained(second).config.schedules["3"]["provenance"]
     assert facts["learned_on"]["train"]["seeds"] == [0, 24] and len(facts["learned_on"]["train"]["prompts"]) == 3
     assert facts["discretization"] == "first" and str(tmp_path) not in str(facts)
+
+
+def test_the_solver_type_of_the_teacher_is_recorded_where_it_is_not_the_default(room, tmp_path, capsys):
+    entries = {}
+    for kind, seed in (("bh1", 0), ("bh2", 100)):
+        made = ["--teacher", str(room / "sd"), "--output_dir", str(tmp_path / kind), "--num_samples", "8"]
+        made += ["--resolution", "32", "--num_inference_steps", "4", "--prompts_file", str(room / "prompts.txt")]
+        make_teacher_set.main([*made, "--guidance_scale", "2", "--solver_type", kind, "--seed", str(seed)])
+        output = tmp_path / f"of-{kind}"
+        given = arguments(
+            room, output, "--teacher_set", str(tmp_path / kind), "--allow_worse", "--max_train_steps", "1"
+        )
+        train_ld3.main(given)
+        entries[kind] = LD3Scheduler.from_pretrained(output).config.schedules["3"]
+    assert "teacher_solver_type" not in entries["bh2"]["provenance"]
+    for kind, entry in entries.items():
+        # What is certified is the teacher that was learned from.
+        asked = pair_arguments("user/sd", shared_facts({"3": entry}), (0, 9), 4)
+        teacher = make_teacher_set.teacher_scheduler(
+            asked, DiffusionPipeline.from_pretrained(room / "sd").scheduler.config
+        )
+        assert teacher.spec.make().variant == kind
+    mixed = arguments(room, tmp_path / "mixed", "--teacher_set", str(tmp_path / "bh1"), "--num_train", "8")
+    mixed += ["--validation_set", str(tmp_path / "bh2")]
+    assert "was made with solver_type='bh2', the teacher set with 'bh1'" in refused(capsys, mixed)
 
 
 def test_other_weights_other_models_and_broken_configs_are_refused(room, tmp_path, capsys):
