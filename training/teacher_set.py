@@ -41,6 +41,7 @@ from .call_settings import call_settings
 from .conditioning import Conditioning, ConditioningStore
 from .request_file import differing
 from .teacher import teacher_digest
+from .whole_files import write_whole
 
 
 __all__ = ["TeacherSet", "TeacherSetWriter", "check_disjoint", "prompt_hash", "starting_noise", "teacher_digest"]
@@ -187,19 +188,9 @@ def has_embeddings(path: str | Path) -> bool:
     return bool(found) and not json.loads(found[0].read_text(encoding="utf-8"))["conditioning"]
 
 
-def _write(path: Path, write) -> None:
-    """Let `write(temporary path)` write a file that then appears whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, value) -> None:
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 class TeacherSetWriter:
@@ -257,7 +248,7 @@ class TeacherSetWriter:
             ) from error
         if store is not None:
             texts = {name: rows for name, rows in store.rows.items() if isinstance(rows[0], str)}
-            _write(self.partial / "conditioning.safetensors", lambda file: save_file(store.to_tensors(), file))
+            write_whole(self.partial / "conditioning.safetensors", lambda file: save_file(store.to_tensors(), file))
             _write_json(self.partial / "prompts.json", {"prompts": prompts, "conditioning": texts})
 
     def store(self) -> ConditioningStore:
@@ -308,7 +299,7 @@ class TeacherSetWriter:
                 writer.write_batch(columns)
                 writer.finalize()
 
-        _write(self._shard(shard), write)
+        write_whole(self._shard(shard), write)
 
     def finish(self, shape: tuple[int, ...]) -> TeacherSet:
         """Assemble the shards under `path`; `shape` is that of one sample. In one process, after all others are done.
