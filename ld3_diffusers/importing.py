@@ -149,7 +149,8 @@ def import_amed(file: str | Path, config, *, form: str = "per_sample") -> AMEDSc
     name = DISCRETIZATIONS[settings["schedule_type"]]
     rho = None if name == "logsnr" else settings["schedule_rho"]
     steps = discretization(name, path, predictor.config.num_steps, rho=rho)
-    spec = SolverSpec(**{key: predictor.config[key] for key in STUDENT_KEYS})
+    # The authors' samplers start at sigma times the noise on all paths.
+    spec = SolverSpec(**{key: predictor.config[key] for key in STUDENT_KEYS}, starting_scale="sigma")
     schedule = amed_schedule(steps, spec, path, plain.config.prediction_type)
     check_predictor(predictor, schedule, path)
     facts = {"imported_from": Path(file).name, "amed_settings": settings}
