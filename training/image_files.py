@@ -4,6 +4,7 @@
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -156,8 +157,9 @@ def open_images(path: str | Path, **options) -> ImageFiles:
     if path.is_dir():
         files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
         names = _images_among(files)
-        sizes = [(name, files[name].stat().st_size) for name in names]
-        return ImageFiles(names, lambda name: files[name], place=repr(str(path)), digest=_digest(sizes), **options)
+        # As a zip file has them: uncompressed pictures of one size differ in their content alone.
+        checksums = [(name, files[name].stat().st_size, _crc(files[name])) for name in names]
+        return ImageFiles(names, lambda name: files[name], place=repr(str(path)), digest=_digest(checksums), **options)
     if path.is_file():
         try:
             archive = zipfile.ZipFile(path)
@@ -172,6 +174,14 @@ def open_images(path: str | Path, **options) -> ImageFiles:
 
         return ImageFiles(names, read, place=repr(str(path)), digest=_digest(checksums), **options)
     raise ValueError(f"there is no folder or zip file {str(path)!r}; check the path of the images")
+
+
+def _crc(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as content:
+        while part := content.read(2**20):
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def open_dataset(

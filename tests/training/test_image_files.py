@@ -117,6 +117,13 @@ def test_digest_changes_with_the_files(folder):
     assert open_images(folder).digest != before
 
 
+def test_digests_of_uncompressed_pictures_of_one_size_differ(tmp_path):
+    for seed in range(2):
+        save(tmp_path / str(seed) / "picture.bmp", seed)
+    assert len({(tmp_path / str(seed) / "picture.bmp").stat().st_size for seed in range(2)}) == 1
+    assert len({open_images(tmp_path / str(seed)).digest for seed in range(2)}) == 2
+
+
 def test_data_set_gives_its_images_in_its_order(tmp_path):
     for name, seed in (("b.png", 3), ("a.png", 4)):
         save(tmp_path / "set" / "train" / name, seed)
