@@ -38,6 +38,7 @@ from .whole_files import write_whole
 
 TEACHER = Path("examples/teachers/fashion-sd")
 QUALITY = "quality.json"  # of a shipped teacher: the settings of its call, and how good its samples are
+PROMPTS = "prompts.json"
 # name: first seed, which wordings of the captions
 SETS = {"train": (0, "train"), "valid": (1_000_000, "train"), "unseen": (2_000_000, "held_out")}
 # Of the published one the authors' settings, 25 + 25 pairs included, but for LPIPS, whose weights are a download: it minimises
@@ -80,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 def write_prompts(teacher: Path, folder: Path) -> dict[str, Path]:
     """One JSON list a split, taking turns through the classes so that any first few prompts show them all."""
     files = {}
-    for split, classes in json.loads((teacher / "prompts.json").read_text()).items():
+    for split, classes in json.loads((teacher / PROMPTS).read_text()).items():
         if not isinstance(classes, dict):
             continue
         longest = max(map(len, classes.values()))
@@ -175,8 +176,11 @@ def main(argv=None) -> None:
     args = command_line.parse_args(argv)
     diffusers_logging.set_verbosity_error()
     quality = Path(args.teacher, QUALITY)
-    if not quality.is_file():
-        command_line.error(f"{args.teacher} is not a shipped teacher: it has no {QUALITY}; see --teacher")
+    for name in (QUALITY, PROMPTS):
+        if not Path(args.teacher, name).is_file():
+            command_line.error(
+                f"{args.teacher} is not one of the shipped text-to-image teachers: it has no {name}; see --teacher"
+            )
     if "published" in args.recipes and args.solver != "unipc":
         command_line.error("the published recipe's settings are for unipc; drop --solver, or learn with train_ld3")
     args.output_dir = args.output_dir or f"outputs/demo/{Path(args.teacher).name}"

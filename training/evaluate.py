@@ -149,6 +149,10 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[str] | None, list[S
             "to it; raise --teacher_steps"
         )
     seeds, prompts = check_sampling(args)
+    if "clip_score" in args.metrics and (prompts is None or all(prompt.isdecimal() for prompt in prompts)):
+        raise ValueError(
+            "clip_score compares pictures with prompts, and there are none, or class labels; drop clip_score"
+        )
     return seeds, prompts, specs
 
 
@@ -159,6 +163,8 @@ def check_images(args: argparse.Namespace) -> None:
     for name in args.metrics:
         if name in OF_TEACHERS:
             raise ValueError(f"{name} compares with a teacher's samples, which --images have not; drop {name}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}")
     for path in args.images:
         if not Path(path).exists():
             raise ValueError(f"there is no folder or zip file {path!r}; check --images")

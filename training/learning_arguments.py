@@ -254,6 +254,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("a checkpoint is of one count; give --resume_from_checkpoint latest, or one --nfe")
     if args.recipe == "published" and args.discretization != "best":
         raise ValueError("the published recipe starts from its own uniform grid; drop --discretization")
+    if args.recipe == "published" and args.final_sigmas_type == "zero":
+        raise ValueError("the published recipe ends at the model's smallest time; drop --final_sigmas_type zero")
+    if args.recipe == "published" and (args.afs or solver_of(args).make().stages != 1):
+        raise ValueError("the published recipe makes one evaluation a step; drop --afs, or choose another --solver")
     if args.final_sigmas_type is None:
         args.final_sigmas_type = "sigma_min" if args.recipe == "published" else "zero"
     if args.checkpointing_steps is None:

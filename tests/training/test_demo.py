@@ -50,7 +50,10 @@ def test_demo_is_interrupted_continues_and_reuses(teacher, tmp_path, monkeypatch
     assert json.loads((tmp_path / "nfe-3" / "results.json").read_text()) == results
 
 
-def test_demo_refuses_a_folder_that_is_no_teacher(tmp_path):
+def test_demo_refuses_a_folder_that_is_no_teacher(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--teacher", "examples/teachers/fashion-edm"])
+    assert "text-to-image teachers: it has no prompts.json" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit) as stop:
         demo.main(["--teacher", str(tmp_path), "--output_dir", str(tmp_path / "out")])
     assert stop.value.code == 2 and not (tmp_path / "out").exists()
