@@ -46,6 +46,7 @@ from .teacher import scheduler_digest
 
 
 LOCAL_ERROR_SAMPLES = 16
+NOT_TOLD = ("batch_size", "teacher_schedule", "scheduler_digest", "encoders_digest")  # of a request, among the facts
 
 
 def evaluate_pipeline(
@@ -70,7 +71,7 @@ def evaluate_pipeline(
             **sampling_request(args, comparison, seeds, prompts),
             "batch_size": args.batch_size,
             "teacher_schedule": teacher_facts(teacher),
-            "scheduler_digest": scheduler_digest(teacher.scheduler),
+            "scheduler_digest": scheduler_digest(teacher.scheduler.config),
         }
         samples = SeededSamples(comparison, seeds, prompts, args.batch_size)
         # Prompts that the pipeline cannot have, or has to have, are refused before the folder is theirs.
@@ -105,11 +106,7 @@ def evaluate_pipeline(
         path = comparison.path.kind
     shown = samples.positions(0).start, measurement.shown
     facts = {
-        **{
-            key: value
-            for key, value in request.items()
-            if key not in ("batch_size", "teacher_schedule", "scheduler_digest")
-        },
+        **{key: value for key, value in request.items() if key not in NOT_TOLD},
         "samples": len(seeds),
         "prompts": 0 if prompts is None else len(set(samples.prompts_of(range(len(seeds))))),
         "teacher_steps": args.teacher_steps,

@@ -41,7 +41,9 @@ class Part:
     def identity(self) -> list:
         """What tells these pairs from others."""
         names = ("teacher_digest", "base_seed", "prompts_digest", *SAME_TARGET)
-        return [self.first, self.count, *(self.whole.provenance.get(name) for name in names)]
+        made = self.whole.provenance
+        recorded = [made[name] for name in ("scheduler_digest",) if name in made]
+        return [self.first, self.count, *(made.get(name) for name in names), *recorded]
 
 
 def learning_pairs(args: Namespace, accelerator) -> tuple[Part, Part]:
@@ -84,6 +86,8 @@ def _made_here(args: Namespace, accelerator) -> Path:
         "num_inference_steps": args.teacher_steps,
         "seed": args.seed,
         "mixed_precision": args.mixed_precision,
+        # else the pipeline's own
+        "final_sigmas_type": "sigma_min" if args.final_sigmas_type == "sigma_min" else None,
         **{name: getattr(args, name) for name in ("revision", "variant", "guidance_scale", *OF_MAKING)},
     }
     if args.resolution is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The problem of a run: its pairs, and the teacher's pipeline as the student's."""
 
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,5 +50,17 @@ def learning_problem(
     }
     with PipelineRollout(pipe, **options) as rollout:
         check_same_model(existing(args.output_dir), rollout.scheduler.config)
+        warn_of_another_end(args.final_sigmas_type, training, rollout)
         objective = decoded(distance, rollout.decode) if loss_space == "pixel" else distance
         yield Problem(rollout, training, validation, rollout.path, objective, accelerator)
+
+
+def warn_of_another_end(asked: str | None, training: Part, rollout: PipelineRollout) -> None:
+    """Warns if schedules that end in clean data are to imitate end points that have some noise left, or the reverse."""
+    made = training.whole.provenance.get("final_sigmas_type") or rollout.scheduler.config.final_sigmas_type
+    if asked is not None and made != asked:
+        warnings.warn(
+            f"the teacher set ends as final_sigmas_type={made}, these schedules as {asked}; make a set with "
+            f"--final_sigmas_type {asked}, unless that difference is wanted",
+            stacklevel=2,
+        )

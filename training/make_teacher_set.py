@@ -114,7 +114,11 @@ def teacher_scheduler(args: argparse.Namespace, config) -> LD3Scheduler:
     options = {"solver": args.solver, "schedules": None}
     options |= {name: value for name, value in given.items() if value is not None}
     scheduler = LD3Scheduler.from_config(config, **options)
-    grid = args.discretization or (None if scheduler.path.kind == "flow" else "logsnr")
+    grid = args.discretization
+    if grid is None and scheduler.path.kind != "flow":
+        grid = "logsnr"
+    elif grid is None and given["final_sigmas_type"] == "sigma_min":
+        grid = "time_uniform"  # the stock grid ends at the smallest level after shifting it twice
     return scheduler if grid is None else LD3Scheduler.from_config(scheduler.config, discretization=grid)
 
 
@@ -156,7 +160,7 @@ def request(args: argparse.Namespace, prompts: list[str] | None, rollout: Pipeli
         "variant": args.variant,
         "pipeline": type(rollout.pipe).__name__,
         "teacher_digest": teacher_digest(rollout.pipe),
-        "scheduler_digest": scheduler_digest(scheduler),
+        "scheduler_digest": scheduler_digest(scheduler.config),
         "dtype": args.mixed_precision if args.mixed_precision != "no" else "float32",
         **{name: getattr(args, name) for name in CALL_SETTINGS},
         "guidance_scale": rollout.guidance_scale,

@@ -10,7 +10,7 @@ from typing import Any
 from .whole_files import write_whole
 
 
-YOUNGER = ("scheduler_digest",)  # entries
+YOUNGER = ("scheduler_digest", "encoders_digest")  # entries
 
 
 def digest(value) -> str:

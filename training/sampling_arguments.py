@@ -18,7 +18,7 @@ from .processes import is_sharded, shard
 from .prompts import add_prompt_arguments, prompts_of
 from .rollout import PipelineRollout
 from .seeds import parse_seeds, written
-from .teacher import check_teacher_name, load_teacher, teacher_digest
+from .teacher import check_teacher_name, encoders_digest, load_teacher, teacher_digest
 
 
 def add_sampling_arguments(parser, *, seeds: str, teacher_required: bool = True) -> None:
@@ -87,6 +87,7 @@ def sampling_request(
         "teacher": teacher_name(args),
         "pipeline": type(rollout.pipe).__name__,
         "teacher_digest": teacher_digest(rollout.pipe),
+        "encoders_digest": encoders_digest(rollout.pipe),
         "dtype": args.mixed_precision if args.mixed_precision != "no" else "float32",
         **{name: getattr(args, name) for name in CALL_SETTINGS},
         "guidance_scale": rollout.guidance_scale,

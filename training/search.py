@@ -24,7 +24,7 @@ SEARCHES = ("gits", "oss")
 NUM_WARMUP = 256  # teacher trajectories of GITS, as its authors take
 NUM_SAMPLES = 16  # samples of OSS, whose lists are combined
 GITS_POINTS = 61
-# Half of the authors' 100 steps: the K + 1 passes over the grid are what OSS costs, and its jumps span several of these steps.
+# Half of the authors' 100 steps: the K passes over the grid are what OSS costs, and its jumps span several of these steps.
 OSS_POINTS = 51
 SEARCH_BATCH_SIZE = 16
 

@@ -12,7 +12,8 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from ld3_diffusers.schedulers.stock_config import GRID_KEYS, MODEL_KEYS
+from ld3_diffusers import LD3Scheduler
+from ld3_diffusers.schedulers.stock_config import MODEL_KEYS
 from pipelines.repository import load_family
 
 from .denoisers import companions, denoisers
@@ -106,22 +107,37 @@ def check_teacher_name(name_or_path: str) -> None:
         )
 
 
-def scheduler_digest(scheduler) -> str:
-    """Of what the config of a teacher's [`LD3Scheduler`] says of the model, and of the grid where that is the model's own."""
-    bounds = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
-    return digest({key: scheduler.config[key] for key in (*MODEL_KEYS, *GRID_KEYS, *bounds)})
+def scheduler_digest(config) -> str:
+    """Of what the config of any scheduler of a pipeline says of the model: noise path, prediction type and shift."""
+    scheduler = LD3Scheduler.from_config(config, schedules=None)
+    return digest({key: scheduler.config[key] for key in MODEL_KEYS})
 
 
-@torch.no_grad()
 def teacher_digest(pipe) -> str:
     """Hexadecimal digest of a pipeline's denoisers and what guides them: names, shapes, dtypes and evenly spaced weights.
 
     Any training or adapter changes it. It identifies a teacher; it does not protect against one made to collide.
     """
-    found = hashlib.sha256()
+    return _weights_digest(_sampled_from(pipe))
+
+
+def encoders_digest(pipe) -> str:
+    """The same of its text encoders and autoencoder: all networks but those that sampling calls, and a safety checker."""
+    others = set(pipe.components) - set(_sampled_from(pipe)) - {"safety_checker"}
+    modules = {name: pipe.components[name] for name in others}
+    return _weights_digest({name: module for name, module in modules.items() if isinstance(module, torch.nn.Module)})
+
+
+def _sampled_from(pipe) -> dict[str, torch.nn.Module]:
     guides = {name: getattr(pipe, name, None) for name in GUIDES}
     guides = {name: module for name, module in guides.items() if isinstance(module, torch.nn.Module)}
-    for component, module in sorted({**denoisers(pipe), **companions(pipe), **guides}.items()):
+    return {**denoisers(pipe), **companions(pipe), **guides}
+
+
+@torch.no_grad()
+def _weights_digest(modules: dict[str, torch.nn.Module]) -> str:
+    found = hashlib.sha256()
+    for component, module in sorted(modules.items()):
         for name, tensor in sorted(module.state_dict().items()):
             found.update(f"{component}.{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
             flat = tensor.detach().reshape(-1)

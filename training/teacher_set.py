@@ -40,7 +40,7 @@ from torch import Tensor
 from .call_settings import call_settings
 from .conditioning import Conditioning, ConditioningStore
 from .request_file import differing
-from .teacher import teacher_digest
+from .teacher import scheduler_digest, teacher_digest
 from .whole_files import write_whole
 
 
@@ -155,6 +155,12 @@ class TeacherSet:
             raise ValueError(
                 f"this teacher set was made by other weights or in another dtype (teacher {self.provenance['teacher']!r}, "
                 f"{self.provenance['dtype']}); make one with this pipeline, or load the pipeline that made it"
+            )
+        recorded = self.provenance.get("scheduler_digest")
+        if recorded is not None and recorded != scheduler_digest(pipe.scheduler.config):
+            raise ValueError(
+                "this teacher set was made with another noise path, prediction type or shift in the config of the pipeline's "
+                "scheduler; make one with this pipeline"
             )
         for name, value in settings.items():
             made = self.provenance.get(name)

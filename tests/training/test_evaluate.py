@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from ld3_diffusers import LD3Scheduler
@@ -286,15 +286,29 @@ def test_another_teacher_schedule_is_refused(room, whole, tmp_path, capsys):
     assert "was made with another teacher_schedule" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_teacher_whose_scheduler_is_edited_is_another_one(room, whole, tmp_path, capsys):
+def _other_betas(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.02)
+
+
+def _other_decoder(pipe):
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.weight.add_(0.1)
+
+
+@pytest.mark.parametrize(
+    "edit, key",
+    [(_other_betas, "scheduler_digest"), (_other_decoder, "encoders_digest")],
+    ids=["scheduler", "decoder"],
+)
+def test_a_teacher_that_was_edited_in_place_is_another_one(room, whole, tmp_path, capsys, edit, key):
     shutil.copytree(whole, tmp_path / "copy")
-    shutil.copytree(room / "sd", tmp_path / "sd")
-    config = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.02}))
+    pipe = DiffusionPipeline.from_pretrained(room / "sd")
+    edit(pipe)
+    pipe.save_pretrained(tmp_path / "sd")
     given = arguments(room, tmp_path / "copy", f"--teacher={tmp_path / 'sd'}", schedulers=["UniPCMultistepScheduler"])
     with pytest.raises(SystemExit):
         evaluate.main(given)
-    assert "was made with another scheduler_digest" in " ".join(capsys.readouterr().err.split())
+    assert f"was made with another {key}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_solvers_are_for_those_that_can_take_them(room, tmp_path, capsys):
@@ -384,6 +398,24 @@ def test_pictures_in_a_zip_have_the_values_of_those_that_were_sampled(room, whol
     assert again["value"] == pytest.approx(expected["value"], rel=1e-9)
 
 
+def test_pictures_need_a_batch_size(room, tmp_path, capsys):
+    given = [
+        "--images",
+        str(room),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--metrics",
+        "is",
+        "--nfe",
+        "3",
+        "--batch_size",
+        "0",
+    ]
+    with pytest.raises(SystemExit):
+        evaluate.main(given)
+    assert "--batch_size must be at least 1" in capsys.readouterr().err
+
+
 def test_unreadable_pictures_are_named_and_counted(room, whole, tmp_path, capsys):
     shutil.copytree(whole / "images" / "teacher", tmp_path / "images")
     (tmp_path / "images" / "3.png").write_bytes(b"no picture")
@@ -415,6 +447,7 @@ def test_unreadable_pictures_are_named_and_counted(room, whole, tmp_path, capsys
         (["--solver", "unipc", "--schedulers", "stock"], "none is among --schedulers"),
         (["--blocks=1"], "give 0 or at least 2"),
         (["--images", "somewhere"], "in place of --teacher"),
+        (["--prompts_file=", "--class_labels", "0-9", "--metrics", "clip_score"], "there are none, or class labels"),
         (["--feature_network=nothing", "--metrics", "is"], "nothing"),
     ],
 )

@@ -3,12 +3,14 @@
 
 import hashlib
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
 from ld3_diffusers import LD3Scheduler
+from ld3_diffusers.noise_path import shift_flow_time
 from tests.tiny_pipelines import PIPELINES
 from training import arguments, make_teacher_set, teacher_set
 from training.conditioning import ConditioningStore
@@ -126,6 +128,15 @@ def test_variant_and_end_are_those_asked_for(teacher, prompts, tmp_path, capsys)
     )
 
 
+def test_flow_teachers_that_keep_some_noise_end_where_schedules_do():
+    config = LD3Scheduler(noise_path="flow", prediction_type="flow_prediction", shift=3.0).config
+    asked = make_teacher_set.parser().parse_args(["--teacher=x", "--output_dir=y", "--final_sigmas_type=sigma_min"])
+    scheduler = make_teacher_set.teacher_scheduler(asked, config)
+    scheduler.set_timesteps(10)
+    expected = shift_flow_time(torch.tensor(scheduler.path.t_min, dtype=torch.float64), math.log(3.0))
+    torch.testing.assert_close(scheduler.schedule.times[-1], expected)
+
+
 def test_sets_that_do_not_record_the_end_stay_valid_and_others_are_told_apart(teacher, prompts, tmp_path, capsys):
     def argv(name, **end):
         return command(teacher, tmp_path / name, prompts, num_samples=1, **end)
@@ -223,6 +234,10 @@ def test_refuses_another_teacher_and_other_settings(teacher, prompts, tmp_path):
     with pytest.raises(ValueError, match="other weights"):
         made.check(pipe)
     same, _ = PIPELINES["sd"]()
+    stock = same.scheduler
+    same.scheduler = type(stock).from_config(stock.config, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="another noise path, prediction type or shift"):
+        made.check(same)
     assert teacher_digest(same) == made.provenance["teacher_digest"]
     assert teacher_digest(same.to(torch.bfloat16)) != made.provenance["teacher_digest"]
 

@@ -189,9 +189,10 @@ def test_a_teacher_set_is_made_where_none_is_given(room, tmp_path):
         "num_train: 3\nnum_valid: 2\nteacher_steps: 8\nresolution: 32\nguidance_scale: 1.5\nlearning_rate: 0.1\n"
     )
     given = ["--no_set", "--prompts_file", str(room / "prompts.txt"), "--config", str(recipe), "--allow_worse"]
-    train_ld3.main(arguments(room, output, *given))
+    train_ld3.main(arguments(room, output, *given, "--final_sigmas_type", "sigma_min"))
     made = TeacherSet.load(output / "teacher_set")
     assert len(made) == 5 and made.provenance["guidance_scale"] == 1.5
+    assert made.provenance["final_sigmas_type"] == "sigma_min"
     facts = LD3Scheduler.from_pretrained(output).config.schedules["3"]["provenance"]
     assert facts["recipe_settings"]["lr_times"] == 0.1 and facts["train_pairs"] == 3
 
@@ -202,7 +203,10 @@ def test_published_recipe_and_pixel_loss(room, tmp_path):
     for name in ("--max_train_steps", "--validation_steps"):
         at = given.index(name)
         del given[at : at + 2]
-    train_ld3.main([*given, "--loss", "l1", "--loss_space", "pixel", "--allow_worse"])
+    with pytest.warns(
+        UserWarning, match="the teacher set ends as final_sigmas_type=zero, these schedules as sigma_min"
+    ):
+        train_ld3.main([*given, "--loss", "l1", "--loss_space", "pixel", "--allow_worse"])
     entry = LD3Scheduler.from_pretrained(output).config.schedules["3"]
     assert entry["provenance"]["recipe"] == "published" and entry["times"][-1] == 0.001
     assert entry["provenance"]["loss_space"] == "pixel"
@@ -226,6 +230,9 @@ def refused(capsys, given):
         (["--solver_type", "bh1"], "dpmpp has no solver_type 'bh1'"),
         (["--discretization", "random"], "neither a folder with a schedule nor one of"),
         (["--recipe", "published", "--discretization", "edm"], "starts from its own uniform grid"),
+        (["--recipe", "published", "--final_sigmas_type", "zero"], "drop --final_sigmas_type zero"),
+        (["--recipe", "published", "--solver", "heun"], "choose another --solver"),
+        (["--recipe", "published", "--afs"], "drop --afs"),
         (["--learn", "noise"], "cannot learn"),
         (["--recipe", "default", "--loss", "lpips"], "use --loss stlpips, or --recipe adam"),
         (["--recipe", "default", "--curve", "--nfe", "3", "5", "--last_level", "fixed"], "drop --last_level"),
