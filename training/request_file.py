@@ -10,7 +10,7 @@ from typing import Any
 from .whole_files import write_whole
 
 
-YOUNGER = ("scheduler_digest", "encoders_digest")  # entries
+YOUNGER = ("scheduler_digest", "encoders_digest")  # entries that earlier versions did not write
 
 
 def digest(value) -> str:
