@@ -26,9 +26,6 @@ from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar, rescale_ze
 from torch import Tensor
 
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
-
-
 class Levels(NamedTuple):
     r"""A path at a grid of times; everything a solver may use.
 

@@ -209,29 +209,3 @@ def make_distance(loss: str, loss_space: str, lpips_net: str = "vgg") -> Objecti
         "lpips": lambda: LPIPS(lpips_net),
     }
     return makers[loss]()
-
-
-def make_objective(
-    loss: str,
-    *,
-    loss_space: str = "latent",
-    decode: Callable[[Tensor], Tensor] | None = None,
-    lpips_net: str = "vgg",
-) -> Objective:
-    """The objective of that name.
-
-    Args:
-        loss: one of `LOSSES`.
-        loss_space: "latent" compares end points as they are, "pixel" decodes them first.
-        decode: needed for "pixel".
-        lpips_net: "vgg" or "alex".
-
-    Raises:
-        ValueError, ImportError: as [`make_distance`], and for "pixel" without a decoder.
-    """
-    distance = make_distance(loss, loss_space, lpips_net)
-    if loss_space == "latent":
-        return distance
-    if decode is None:
-        raise ValueError("loss_space='pixel' needs a decoder; use loss_space='latent' for models without one")
-    return decoded(distance, decode)

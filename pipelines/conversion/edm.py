@@ -109,7 +109,7 @@ def edm_network(wrapper: Instance) -> EDMUNet2DModel:
         _check_filters(tensors, (1, 1))
     network.load_state_dict(tensors, assign=True)
     if config["preconditioning"] == "iddpm":
-        network.register_buffer("noise_levels", _noise_levels(levels), persistent=False)
+        _check_noise_levels(levels)
     return network.eval().requires_grad_(False)
 
 
@@ -259,12 +259,11 @@ def _check_filters(tensors: dict[str, Tensor], taps: tuple[int, ...]) -> None:
             raise Refused(f"has a {name} that is not the filter it was constructed with")
 
 
-def _noise_levels(stored: StoredTensor | None) -> Tensor:
-    """The table of iDDPM. Upstream's own, computed in float32, is kept out: it drifts by 5e-4."""
+def _check_noise_levels(stored: StoredTensor | None) -> None:
+    """Refuses a table that is not iDDPM's. Upstream's own, computed in float32, drifts by 5e-4."""
     levels = iddpm_sigmas()
     if stored is None:
         raise Refused("lacks 'u', the noise levels of iDDPM")
     found = stored.tensor(levels.numel()).double()
     if found.shape != levels.shape or not torch.allclose(found, levels, rtol=1e-3, atol=0):
         raise Refused("has other noise levels than iDDPM's")
-    return levels

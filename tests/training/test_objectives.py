@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from training.decoding import decode
-from training.objectives import Decoded, Distance, decoded, huber, l1, l2, make_objective, mean_square, shift_tolerant
+from training.objectives import Decoded, Distance, decoded, huber, l1, l2, make_distance, mean_square, shift_tolerant
 from training.stlpips import ShiftTolerantLPIPS, enlarge
 
 
@@ -73,7 +73,7 @@ def test_pixel_space_decodes_both_and_gives_gradients_to_the_student_alone():
     end, target = random(2, 4).requires_grad_(), random(2, 4, seed=1).requires_grad_()
     # a distance of features stays one, and anything else that compares images is decoded for
     objectives = (
-        make_objective("l2", loss_space="pixel", decode=decode),
+        decoded(make_distance("l2", "pixel"), decode),
         decoded(lambda end, target: l2(end, target), decode),
     )
     assert [type(objective) for objective in objectives] == [Distance, Decoded]
@@ -146,22 +146,21 @@ def test_what_stands_in_the_place_of_a_teacher_s_end_point_may_be_anything():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"loss": "l3"}, "unknown loss 'l3'"),
-        ({"loss": "l2", "loss_space": "noise"}, "unknown loss_space"),
-        ({"loss": "l2", "loss_space": "pixel"}, "needs a decoder"),
-        ({"loss": "stlpips"}, "compares images"),
-        ({"loss": "lpips"}, "compares images"),
+        (("l3", "latent"), "unknown loss 'l3'"),
+        (("l2", "noise"), "unknown loss_space"),
+        (("stlpips", "latent"), "compares images"),
+        (("lpips", "latent"), "compares images"),
     ],
 )
 def test_refusals(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        make_objective(**arguments)
+        make_distance(*arguments)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lpips") is not None, reason="lpips is installed")
 def test_a_missing_lpips_is_named_when_it_is_asked_for():
     with pytest.raises(ImportError, match="needs the packages lpips and torchvision"):
-        make_objective("lpips", loss_space="pixel", decode=lambda x: x)
+        make_distance("lpips", "pixel")
 
 
 @pytest.fixture(scope="module")
