@@ -10,6 +10,7 @@ rectified flow, velocity. Following LD3 (Tong et al., arXiv:2405.15506) alpha an
 network's time $\tau_i$, while a and c know the levels' times only.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -375,7 +376,7 @@ class Executor:
             result = flat * self.state[i]
             result.add_(slot, alpha=self.single[i])
         else:
-            with torch.autocast(flat.device.type, enabled=False):  # which would run this one in half precision
+            with _without_autocast(flat.device.type):
                 result = torch.addmv(flat, self.ring_t, self.rows[i], beta=self.state[i])
         return result.view(x.shape)
 
@@ -396,6 +397,12 @@ class Executor:
         self.single = self.weights[:, 0].tolist()
         if self.first_prediction is not None:
             torch.mul(flat, self.first_prediction, out=self.slots[-1])
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """On GPUs autocast would compute matrix products in half precision; some devices, such as meta, have none."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def _broadcast(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -232,3 +232,25 @@ def test_long_tables_are_cheap():
     start = time.process_time()
     build_table(SOLVERS["unipc-3-bh2-data"], path, random_steps(path, 1001, 0), prediction_type="epsilon")
     assert time.process_time() - start < 2
+
+
+def test_a_step_takes_no_part_in_autocast_and_runs_where_there_is_none(monkeypatch):
+    times = grid(0.9, 0.6, 0.3, 0.0)
+    table = build_table(make_solver("unipc"), PATHS["flow"], times, prediction_type="flow_prediction")
+    seen, addmv = [], torch.addmv
+
+    def observed(*args, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return addmv(*args, **options)
+
+    monkeypatch.setattr(torch, "addmv", observed)
+    executor, x = Executor(table), torch.randn(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(3):
+            x = executor.step(x, torch.randn(2, 4))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False] * 3 and x.dtype == torch.float32
+    executor, x = Executor(table), torch.empty(2, 4, device="meta")
+    for _ in range(3):
+        x = executor.step(x, torch.empty(2, 4, device="meta"))
+    assert x.shape == (2, 4)
