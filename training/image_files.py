@@ -176,11 +176,15 @@ def open_images(path: str | Path, **options) -> ImageFiles:
     raise ValueError(f"there is no folder or zip file {str(path)!r}; check the path of the images")
 
 
-def _crc(file: Path) -> int:
+def _crc(file: Path) -> int | None:
+    """None if it cannot be read, which [`ImageFiles`] tells with its name."""
     crc = 0
-    with file.open("rb") as content:
-        while part := content.read(2**20):
-            crc = zlib.crc32(part, crc)
+    try:
+        with file.open("rb") as content:
+            while part := content.read(2**20):
+                crc = zlib.crc32(part, crc)
+    except OSError:
+        return None
     return crc
 
 

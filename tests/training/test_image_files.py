@@ -2,6 +2,7 @@
 """Images from folders, zip files and data sets: order, sizes, and files that cannot be read."""
 
 import zipfile
+from pathlib import Path
 
 import datasets
 import numpy
@@ -122,6 +123,20 @@ def test_digests_of_uncompressed_pictures_of_one_size_differ(tmp_path):
         save(tmp_path / str(seed) / "picture.bmp", seed)
     assert len({(tmp_path / str(seed) / "picture.bmp").stat().st_size for seed in range(2)}) == 1
     assert len({open_images(tmp_path / str(seed)).digest for seed in range(2)}) == 2
+
+
+def test_a_file_that_may_not_be_read_is_named_like_any_unreadable_one(folder, monkeypatch):
+    opened = Path.open
+
+    def forbidden(self, *args, **options):
+        if self.name == "9.png":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **options)
+
+    (folder / "a" / "9.png").write_bytes(b"")
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(ValueError, match="9.png"):
+        open_images(folder)
 
 
 def test_data_set_gives_its_images_in_its_order(tmp_path):
