@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters of a schedule for every number of evaluations: the matrices of a [`ScheduleCurve`]."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ class CurveParameters(Groups):
     ):
         check_learnable(learn)
         self.path, self.nfes = path, sorted(initial)
-        if len(self.nfes) < 2 or self.nfes[0] < 2:
-            raise ValueError("a curve is learned on several numbers of evaluations, of at least 2; name more of them")
+        check_curve_counts(self.nfes)
         first = initial[self.nfes[0]]
         self.to_zero = float(first.times[-1]) == 0
         for nfe, schedule in initial.items():
@@ -58,8 +57,6 @@ class CurveParameters(Groups):
                 raise ValueError(
                     "the schedules that a curve starts from must share solver and end; start from named grids"
                 )
-        if self.nfes[-1] > LARGEST_SIDE:
-            raise ValueError(f"a curve serves at most {LARGEST_SIDE} evaluations; lower the largest --nfe")
         self.first, counts = first.detach(), (self.nfes[0], self.nfes[-1])
         shape = knots, min(powers, len(self.nfes))
         functions = torch.cat([basis(nfe, counts, *shape) for nfe in self.nfes])
@@ -126,6 +123,12 @@ class CurveParameters(Groups):
 
     def learned(self) -> ScheduleCurve:
         return self.curve().detach()
+
+
+def check_curve_counts(nfes: Sequence[int]) -> None:
+    """Raises a `ValueError` if no curve serves these numbers of evaluations."""
+    if len(nfes) < 2 or min(nfes) < 2 or max(nfes) > LARGEST_SIDE:
+        raise ValueError(f"a curve is learned on several numbers of evaluations, 2 to {LARGEST_SIDE}; name such ones")
 
 
 def _residuals(schedule: Schedule, window: int) -> Tensor:

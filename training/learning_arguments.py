@@ -8,6 +8,7 @@ from ld3_diffusers import SolverSpec
 from ld3_diffusers.solvers import SOLVERS, VARIANTS
 
 from .call_settings import add_call_arguments, check_call_arguments
+from .curve_parameters import check_curve_counts
 from .initial import FINAL_SIGMAS_TYPES
 from .learning_pairs import OF_MAKING
 from .objectives import LOSS_SPACES, LOSSES
@@ -246,6 +247,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--curve learns from the least to the largest --nfe, by the recipe 'default'; name two, and drop --recipe"
         )
+    if args.curve:
+        check_curve_counts(args.nfe)
     if args.curve and args.recipe_last_level is not None:
         raise ValueError("the last level of a curve is always free; drop --last_level, or --curve")
     if args.recipe == "default" and args.loss == "lpips":

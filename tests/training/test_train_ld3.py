@@ -234,6 +234,8 @@ def refused(capsys, given):
         (["--recipe", "published", "--solver", "heun"], "choose another --solver"),
         (["--recipe", "published", "--afs"], "drop --afs"),
         (["--learn", "noise"], "cannot learn"),
+        (["--recipe", "default", "--curve", "--nfe", "3", "70"], "several numbers of evaluations, 2 to 64"),
+        (["--recipe", "default", "--curve", "--nfe", "1", "5"], "several numbers of evaluations, 2 to 64"),
         (["--recipe", "default", "--loss", "lpips"], "use --loss stlpips, or --recipe adam"),
         (["--recipe", "default", "--curve", "--nfe", "3", "5", "--last_level", "fixed"], "drop --last_level"),
         (["--rounds_v1", "3"], "belongs to the recipe 'published'"),
